@@ -1,0 +1,251 @@
+"""Figures as pure functions, DataFrame in, Altair chart out, and the sentence beside them.
+
+A stage and an objective keep their colour everywhere. Every chart carries a description for those who cannot see it.
+"""
+
+import base64
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+import vl_convert
+from IPython.display import Markdown
+
+INK, GREY = "#263238", "#78909c"
+STAGE_COLOURS = [GREY, "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a"]
+OBJECTIVE_COLOURS = ["#00796b", "#ad1457", "#5d4037", "#455a64", "#827717"]
+NEGATIVE, POSITIVE = "#c62828", "#1565c0"
+WIDTH = 520
+
+
+def say(text: str) -> Markdown:
+    """A computed sentence as Markdown: the numbers in it come from the run, never from typing."""
+    return Markdown(text)
+
+
+def percent(value: float) -> str:
+    """A share as whole percent."""
+    return f"{value:.0%}"
+
+
+def static_bundle(chart: alt.TopLevelMixin, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A chart as SVG, as PNG of double density and as text, none of which needs a network.
+
+    Raises:
+        ValueError: when the chart has no description to serve as alternative text.
+    """
+    spec = chart.to_dict()
+    description = spec.get("description")
+    if not description:
+        raise ValueError("a chart needs a description: its text for readers who cannot see it")
+    version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    svg = vl_convert.vegalite_to_svg(spec, vl_version=version)
+    png = vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)
+    half = int.from_bytes(png[16:20], "big") // 2
+    bundle = {"image/svg+xml": svg, "image/png": base64.b64encode(png).decode(), "text/plain": description}
+    return bundle, {"image/svg+xml": {"alt": description}, "image/png": {"alt": description, "width": half}}
+
+
+def use_static_charts() -> None:
+    """Show charts as pictures that survive offline, in a common style."""
+    alt.renderers.register("study", static_bundle)
+    alt.renderers.enable("study")
+    alt.theme.register("study", enable=True)(_theme)
+
+
+def _theme() -> dict[str, Any]:
+    text = {"labelFontSize": 12, "titleFontSize": 12, "labelColor": INK, "titleColor": INK}
+    return {
+        "config": {
+            "background": "white",
+            "font": "DejaVu Sans, Helvetica, Arial, sans-serif",
+            "title": {"anchor": "start", "fontSize": 14, "subtitleFontSize": 12, "subtitleColor": "#546e7a", "color": INK, "offset": 10},
+            "axis": text | {"gridColor": "#eceff1"},
+            "legend": text,
+            "header": text,
+            "view": {"stroke": None},
+        }
+    }
+
+
+def _title(question: str, caption: str) -> alt.TitleParams:
+    words, lines = caption.split(), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 84:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return alt.TitleParams(question, subtitle=lines)
+
+
+def _objective_colour(objectives: Sequence[str]) -> alt.Color:
+    scale = alt.Scale(domain=list(objectives), range=OBJECTIVE_COLOURS[: len(objectives)])
+    return alt.Color("objective:N", scale=scale, title="objective")
+
+
+def _zero(axis: str) -> alt.Chart:
+    rule = alt.Chart(pd.DataFrame({"zero": [0.0]})).mark_rule(color=GREY, strokeDash=[4, 3])
+    return rule.encode(**{axis: "zero:Q"})
+
+
+def token_lengths(lengths: pd.DataFrame, *, objectives: Sequence[str], caption: str) -> alt.Chart:
+    """Histogram of completion lengths by side. `lengths`: `objective`, `side` ("chosen", "rejected"), `tokens`."""
+    bars = alt.Chart(lengths).mark_bar(opacity=0.55)
+    return bars.encode(
+        x=alt.X("tokens:Q", bin=alt.Bin(maxbins=25), title="completion tokens"),
+        y=alt.Y("count():Q", stack=None, title="completions"),
+        color=alt.Color("side:N", scale=alt.Scale(domain=["chosen", "rejected"], range=[POSITIVE, NEGATIVE]), title=None),
+        column=alt.Column("objective:N", sort=list(objectives), title=None),
+    ).properties(
+        width=240, height=180, title=_title("Does length give the preferred answer away?", caption),
+        description=f"Histograms of the lengths of chosen and rejected answers. {caption}",
+    )  # fmt: skip
+
+
+def learning_curves(history: pd.DataFrame, *, stage: int, caption: str) -> alt.Chart:
+    """Loss, margin and the chosen and rejected log-probabilities by optimiser step, from the trainer's own log."""
+    parts = {
+        "loss (nats)": {"loss": "loss"},
+        "margin": {"margin": "rewards/margins"},
+        "log-probability (nats)": {"chosen": "logps/chosen", "rejected": "logps/rejected"},
+    }
+    colours = {"loss": STAGE_COLOURS[stage], "margin": STAGE_COLOURS[stage], "chosen": POSITIVE, "rejected": NEGATIVE}
+    panels = []
+    for title, columns in parts.items():
+        long = pd.concat([pd.DataFrame({"step": history["step"], "value": history[column], "what": what}) for what, column in columns.items()])
+        colour = alt.Color(
+            "what:N", title=None, legend=alt.Legend(orient="bottom") if len(columns) > 1 else None,
+            scale=alt.Scale(domain=list(columns), range=[colours[what] for what in columns]),
+        )  # fmt: skip
+        line = alt.Chart(long).mark_line(point=True).encode(
+            x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1), title="optimiser step"),
+            y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
+            color=colour,
+        )  # fmt: skip
+        panels.append(line.properties(width=205, height=170))
+    return alt.hconcat(*panels).resolve_scale(color="independent").properties(
+        title=_title(f"Does stage {stage} learn its objective?", caption),
+        description=f"Loss, margin and log-probabilities of chosen and rejected answers at each step of stage {stage}. {caption}",
+    )  # fmt: skip
+
+
+def conflict_over_steps(conflict: pd.DataFrame, *, caption: str) -> alt.Chart:
+    """Cosine between new and old gradient beside the cosine of two halves of the old objective alone."""
+    names = {"cosine": "new against old objective", "within_cosine": "old objective against itself (two halves)"}
+    long = conflict.melt("step", list(names), var_name="kind", value_name="value").replace({"kind": names})
+    scale = alt.Scale(domain=list(names.values()), range=[STAGE_COLOURS[2], GREY])
+    points = alt.Chart(long).mark_line(point=alt.OverlayMarkDef(size=50)).encode(
+        x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1), title="optimiser step of the later stage"),
+        y=alt.Y("value:Q", scale=alt.Scale(domainMin=min(-0.3, conflict[list(names)].min().min()), domainMax=max(0.3, conflict[list(names)].max().max())),
+                title="cosine of gradients"),
+        color=alt.Color("kind:N", scale=scale, title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
+    )  # fmt: skip
+    return (_zero("y") + points).properties(
+        width=WIDTH, height=230, title=_title("Do the gradients oppose each other?", caption),
+        description=f"Cosine of the new and the old objective's gradient at each measured step, beside the within-objective cosine. {caption}",
+    )  # fmt: skip
+
+
+def stage_heat_map(matrix: pd.DataFrame, *, objectives: Sequence[str], caption: str) -> alt.Chart:
+    """Mean margin of every objective at every checkpoint, centred on zero, with the number in each cell."""
+    bound = max(abs(matrix["margin"]).max(), 1e-9)
+    base = alt.Chart(matrix).encode(
+        x=alt.X("checkpoint:N", sort=None, title="checkpoint", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("objective:N", sort=list(objectives), title="held-out pairs of", axis=alt.Axis(labelLimit=200)),
+    )
+    cells = base.mark_rect().encode(
+        color=alt.Color("margin:Q", scale=alt.Scale(range=[NEGATIVE, "white", POSITIVE], domain=[-bound, 0, bound]), title="margin")
+    )
+    dark = f"abs(datum.margin) > {0.6 * bound}"
+    numbers = base.mark_text(fontSize=13).encode(text=alt.Text("margin:Q", format="+.2f"), color=alt.condition(dark, alt.value("white"), alt.value(INK)))
+    return (cells + numbers).properties(
+        width=WIDTH - 120, height=60 * len(objectives), title=_title("What does each stage do to each objective?", caption),
+        description=f"Heat map of the mean DPO-relative margin by checkpoint and objective. {caption}",
+    )  # fmt: skip
+
+
+def margins_by_stage(matrix: pd.DataFrame, *, objectives: Sequence[str], measure: str, axis: str, question: str, caption: str) -> alt.Chart:
+    """One measure with its interval at each checkpoint, a line an objective."""
+    shift = alt.XOffset("objective:N", sort=list(objectives), scale=alt.Scale(paddingOuter=0.42))
+    base = alt.Chart(matrix.dropna(subset=[measure])).encode(
+        x=alt.X("checkpoint:N", sort=None, title="checkpoint", axis=alt.Axis(labelAngle=0)), xOffset=shift, color=_objective_colour(objectives)
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y(f"{measure}_low:Q", title=axis), y2=f"{measure}_high:Q")
+    points = base.mark_point(filled=True, size=80, opacity=1).encode(y=alt.Y(f"{measure}:Q", title=axis, scale=alt.Scale(zero=False)))
+    return (_zero("y") + bars + points).properties(
+        width=WIDTH - 100, height=240, title=_title(question, caption),
+        description=f"{axis} of held-out pairs at each checkpoint, with 95 % intervals. {caption}",
+    )  # fmt: skip
+
+
+def pair_scatter(changes: pd.DataFrame, *, before: str, after: str, caption: str) -> alt.Chart:
+    """Policy margin of each pair before and after; on the diagonal nothing changed."""
+    names = {"gained": POSITIVE, "same": "#b0bec5", "lost": NEGATIVE}
+    ends = pd.concat([changes["before"], changes["after"]])
+    low, high = float(ends.min()), float(ends.max())
+    points = alt.Chart(changes[["before", "after", "reordered"]]).mark_circle(size=55, opacity=0.85).encode(
+        x=alt.X("before:Q", title=f"policy margin at {before} (nats per token)"),
+        y=alt.Y("after:Q", title=f"policy margin at {after} (nats per token)"),
+        color=alt.Color("reordered:N", scale=alt.Scale(domain=list(names), range=list(names.values())), title="order of answers"),
+    )  # fmt: skip
+    diagonal = alt.Chart(pd.DataFrame({"x": [low, high]})).mark_line(color=GREY, strokeDash=[2, 2]).encode(x="x:Q", y="x:Q")
+    return (_zero("x") + _zero("y") + diagonal + points).properties(
+        width=360, height=320, title=_title("Which pairs moved?", caption),
+        description=f"Scatter plot of each held-out pair's policy margin before and after the later stage. {caption}",
+    )  # fmt: skip
+
+
+def quartile_changes(table: pd.DataFrame, *, caption: str) -> alt.Chart:
+    """Mean change by quartile with intervals, one panel a key. `table`: the contract's quartiles."""
+    base = alt.Chart(table).encode(x=alt.X("quartile:O", title="quartile of the key (1 lowest)", axis=alt.Axis(labelAngle=0)))
+    bars = base.mark_rule(strokeWidth=2, color=STAGE_COLOURS[2]).encode(
+        y=alt.Y("change_low:Q", title="change of policy margin (nats per token)"), y2="change_high:Q"
+    )
+    points = base.mark_point(filled=True, size=80, opacity=1, color=STAGE_COLOURS[2]).encode(y="change:Q")
+    zero = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(y=alt.datum(0))
+    return alt.layer(zero, bars, points).properties(width=230, height=210).facet(
+        column=alt.Column("key:N", sort=None, title=None)
+    ).properties(
+        title=_title("Do confident pairs lose more?", caption),
+        description=f"Mean change of the policy margin in four groups of pairs, for each sorting key. {caption}",
+    )  # fmt: skip
+
+
+def movement_map(movement: pd.DataFrame, *, caption: str) -> alt.Chart:
+    """Cosine of two consecutive moves by layer and module, in weight space, centred on zero."""
+    cells = movement[(movement["space"] == "weight") & movement["layer"].notna() & movement["module"].notna()]
+    cells = cells.assign(layer=cells["layer"].astype(int), cosine=cells["cosine"].astype(float))
+    bound = max(cells["cosine"].abs().max(), 1e-9)
+    order = [m for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if m in set(cells["module"])]
+    return alt.Chart(cells[["layer", "module", "cosine"]]).mark_rect().encode(
+        x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        y=alt.Y("module:N", sort=order or "ascending", title=None),
+        color=alt.Color("cosine:Q", scale=alt.Scale(range=[NEGATIVE, "white", POSITIVE], domain=[-bound, 0, bound]), title="cosine"),
+    ).properties(
+        width=WIDTH, height=170, title=_title("Where does the later stage go on, and where does it turn back?", caption),
+        description=f"Heat map of the cosine between the two stages' weight changes, by layer and module. {caption}",
+    )  # fmt: skip
+
+
+def retention_overview(table: pd.DataFrame, *, caption: str) -> alt.Chart:
+    """Margin of the first objective after stage 1 and after the last stage, for every setting, order and seed."""
+    settings = list(dict.fromkeys(table["setting"]))
+    rows = []
+    for setting, order in itertools.product(settings, dict.fromkeys(table["order"])):
+        part = table[(table["setting"] == setting) & (table["order"] == order)]
+        rows += part.to_dict("records")
+    data = pd.DataFrame(rows)
+    stages = list(dict.fromkeys(data["checkpoint"]))
+    colour = alt.Color("checkpoint:N", scale=alt.Scale(domain=stages, range=STAGE_COLOURS[1 : 1 + len(stages)]), title="margin after")
+    base = alt.Chart(data).encode(
+        y=alt.Y("label:N", sort=list(dict.fromkeys(data["label"])), title=None, axis=alt.Axis(labelLimit=420)),
+        yOffset=alt.YOffset("checkpoint:N", sort=stages),
+        color=colour,
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("margin_low:Q", title="held-out margin of the first objective"), x2="margin_high:Q")
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(x="margin:Q")
+    return (_zero("x") + bars + points).properties(
+        width=WIDTH - 140, height=alt.Step(20), title=_title("What became of the first objective?", caption),
+        description=f"Held-out margin of the first objective after stage 1 and after the last stage, with 95 % intervals. {caption}",
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""From a pair of texts to token ids: the same ids in training and in scoring."""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from seqdpo_utils.paths import StudyError
+
+
+class EncodedPair(NamedTuple):
+    """Token ids of one pair. A completion ends with the end-of-turn token and nothing follows it."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with the longer completion."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """Id of the token with which the chat template closes an assistant turn.
+
+    Raises:
+        StudyError: when the tokenizer has no chat template or the template closes the turn with ordinary text.
+    """
+    if not tokenizer.chat_template:
+        raise StudyError(f"{tokenizer.name_or_path} has no chat template: the study needs an instruction-tuned model.")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyxw"}]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zyxw")[2]
+    ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] not in tokenizer.all_special_ids:
+        raise StudyError(f"the chat template of {tokenizer.name_or_path} ends a turn with {tail!r}, not with a special token.")
+    return ids[0]
+
+
+def encode_pair(tokenizer: Any, prompt: list[dict[str, str]], *, chosen: str, rejected: str) -> EncodedPair:
+    """Encode a pair with the model's chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a chat template.
+        prompt: messages, the last one the user's.
+        chosen, rejected: plain text of the two answers.
+
+    Returns:
+        Prompt ids up to and including the header of the assistant's turn, and the two completions.
+    """
+    end = end_of_turn_id(tokenizer)
+    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    prompt_ids, chosen_ids, rejected_ids = tokenizer([rendered, chosen, rejected], add_special_tokens=False)["input_ids"]
+    return EncodedPair(prompt_ids, [*chosen_ids, end], [*rejected_ids, end])
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash of vocabulary and chat template: equal fingerprints give equal ids."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,397 @@
+"""One DPO stage after another on the same adapter, with the base model as the reference of each.
+
+Loss, optimiser, schedule and logging are TRL's `DPOTrainer`. Three things are ours: the tokens and reference sums come
+ready-made, a pair's prompt is computed once, and at chosen steps the gradient of each earlier objective is taken at the
+same weights (`ConflictAwareDPOTrainer`).
+"""
+
+import itertools
+import logging
+import math
+import types
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from seqdpo_utils.encoding import EncodedPair
+from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row
+from seqdpo_utils.models import compute_device, lora_config
+from seqdpo_utils.paths import StudyError
+from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, sequence_logp
+
+logging.getLogger("trl").setLevel(logging.ERROR)
+
+REFERENCE_CHECKS = 4
+"""Pairs whose reference is recomputed before the first step."""
+_NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+
+
+def training_rows(encoded: Sequence[EncodedPair], base_scores: pd.DataFrame) -> Dataset:
+    """The data set of a stage: token ids, and the base model's sums as the reference.
+
+    Args:
+        encoded: pairs in the order of `base_scores`.
+        base_scores: `chosen_logp` and `rejected_logp` of the base model for the same pairs.
+
+    Raises:
+        StudyError: when there is no pair, or pairs and sums are not equally many, or token counts differ.
+    """
+    if not encoded:
+        raise StudyError("the training split is empty: lower eval_pairs or give a larger source.")
+    counts = list(zip(base_scores["chosen_tokens"], base_scores["rejected_tokens"], strict=True))
+    if counts != [(len(pair.chosen), len(pair.rejected)) for pair in encoded]:
+        raise StudyError("the cached base scores belong to other tokens than these pairs: delete scores/base.parquet and run again.")
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [pair.prompt for pair in encoded],
+            "chosen_ids": [pair.chosen for pair in encoded],
+            "rejected_ids": [pair.rejected for pair in encoded],
+            "ref_chosen_logps": base_scores["chosen_logp"].tolist(),
+            "ref_rejected_logps": base_scores["rejected_logp"].tolist(),
+        }
+    )
+
+
+def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> DPOConfig:
+    """TRL's configuration for a stage of `pairs` pairs; each stage has a fresh optimiser and schedule."""
+    on_cpu = compute_device().type == "cpu"
+    steps = math.ceil(pairs / parameters["pairs_per_step"]) * parameters["epochs"]
+    return DPOConfig(
+        output_dir=str(output_dir),
+        beta=parameters["beta"],
+        learning_rate=parameters["learning_rate"],
+        num_train_epochs=parameters["epochs"],
+        per_device_train_batch_size=parameters["pairs_per_device"],
+        gradient_accumulation_steps=parameters["pairs_per_step"] // parameters["pairs_per_device"],
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(parameters["warmup_ratio"] * steps),
+        max_grad_norm=parameters["max_grad_norm"],
+        max_length=None,  # rows that do not fit were dropped and counted when the data was prepared
+        activation_checkpointing=parameters["activation_checkpointing"],
+        precompute_ref_log_probs=True,
+        seed=parameters["seed"],
+        use_cpu=on_cpu,
+        bf16=not on_cpu and parameters["dtype"] == "bfloat16",
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class ConflictAwareDPOTrainer(DPOTrainer):
+    """Stage-k DPO that also measures the gradient of each earlier objective at the current weights.
+
+    `g_new` is the accumulated gradient of the optimiser step before clipping, `g_old` the gradient of the same loss, with the
+    same reference, on pairs of an earlier objective. `.grad`, the random state, the optimiser and TRL's own log are
+    left as they were, so the trained weights are the same with and without measuring. One record a measured
+    step and earlier objective lies in `conflict_records` after training.
+
+    Args:
+        earlier: earlier objective to its data set, with the columns of `training_rows`.
+        conflict_every: measure at step 1, 1 + n, 1 + 2n, ...; 0 never measures.
+        conflict_pairs: pairs of an earlier objective in one measurement, an even number, drawn anew each time.
+    """
+
+    def __init__(
+        self, model: Any, *, earlier: dict[str, Dataset] | None = None, conflict_every: int = 0, conflict_pairs: int = 8, stage: int = 1, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.conflict_records: list[dict[str, Any]] = []
+        self.conflict_every = conflict_every if earlier else 0
+        self.stage = stage
+        self._draws = {
+            name: _half_batches(rows, conflict_pairs // 2, self.data_collator, seed=self.args.seed) for name, rows in (earlier or {}).items()
+        }
+        self._pending: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        self._first_half: list[Tensor] | None = None
+        self._micro_batches = 0
+        self.add_callback(_AfterStep(self))
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset  # already token ids: the same ones that the scorer uses
+
+    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset  # already carries the base model's sums; `prove_reference` checks them
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        loss = super()._compute_loss(model, inputs, return_outputs)
+        for name in _NOT_COMPUTED:
+            self._metrics["train" if self.model.training else "eval"].pop(name, None)
+        return loss
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise StudyError(
+                f"the loss of stage {self.stage} became {float(loss)} at step {self.state.global_step + 1}. "
+                f"Lower learning_rate (now {self.args.learning_rate}) or use float32. Nothing of this stage was saved."
+            )
+        if self.conflict_every and self.state.global_step % self.conflict_every == 0:
+            self._micro_batches += 1
+            accumulation = self.args.gradient_accumulation_steps
+            if 2 * self._micro_batches == accumulation:
+                self._first_half = [p.grad.detach().clone() for p in self._adapter()]
+            if self.accelerator.sync_gradients:
+                self._measure(float(loss) * accumulation)
+        return loss
+
+    def _adapter(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _measure(self, loss_new: float) -> None:
+        adapter = self._adapter()
+        whole = [p.grad.detach() for p in adapter]
+        # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after it
+        halves = None if self._first_half is None else (self._first_half, [w - a for w, a in zip(whole, self._first_half, strict=True)])
+        self._first_half, self._micro_batches = None, 0
+        before = [p.detach().clone() for p in adapter]
+        for name, draws in self._draws.items():
+            (loss_a, old_a), (loss_b, old_b) = (self._gradient_of(batch, adapter) for batch in next(draws))
+            old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]
+            row = conflict_row(new=whole, new_halves=halves, old_halves=(old_a, old_b))
+            row |= {"step": self.state.global_step + 1, "stage": self.stage, "previous_objective": name}
+            row |= {"loss_new": loss_new, "loss_old": (loss_a + loss_b) / 2}
+            self._pending.append((row, old, before))
+
+    def _gradient_of(self, batch: dict[str, Tensor], adapter: list[Tensor]) -> tuple[float, list[Tensor]]:
+        log, tokens = self._metrics["train"], self._total_train_tokens
+        self._metrics["train"] = defaultdict(list)
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                loss = self.compute_loss(self.accelerator.unwrap_model(self.model_wrapped), self._prepare_inputs(batch))
+                gradient = torch.autograd.grad(loss, adapter)
+        finally:
+            self._metrics["train"], self._total_train_tokens = log, tokens
+        return float(loss), list(gradient)
+
+    def finish_step(self) -> None:
+        """Complete the records of this step with g_old . (weights after - weights before), the optimiser's actual step."""
+        for row, old, before in self._pending:
+            moved = zip(old, self._adapter(), before, strict=True)
+            ledger = sum(float((g.double() * (p.detach() - b).double()).sum()) for g, p, b in moved)
+            self.conflict_records.append(row | {"ledger": ledger})
+        self._pending = []
+
+    def conflict_table(self) -> pd.DataFrame:
+        """The contract's `conflict` table; empty, with its columns, when nothing was measured."""
+        return pd.DataFrame(self.conflict_records, columns=list(CONFLICT_COLUMNS))
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, trainer: ConflictAwareDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.finish_step()
+
+
+class _Progress(TrainerCallback):
+    """One line with step, loss and time left, at most every five seconds."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=self.label, unit="step", mininterval=5)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs and self.bar is not None:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def _half_batches(rows: Dataset, half: int, collate: Any, *, seed: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Endless draws of two disjoint halves, from a generator of its own."""
+    if len(rows) < 2 * half:
+        raise StudyError(f"conflict_pairs = {2 * half} exceeds the {len(rows)} training pairs of the earlier objective.")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in itertools.count():
+        drawn = torch.randperm(len(rows), generator=generator)[: 2 * half].tolist()
+        yield collate([rows[i] for i in drawn[:half]]), collate([rows[i] for i in drawn[half:]])
+
+
+def share_prompts(model: PreTrainedModel) -> None:
+    """Replace the fused head that TRL put on `model` by one that computes a pair's prompt once.
+
+    TRL asks the model for `(2B, L - 1)` log-probabilities of B chosen rows over B rejected ones (`fused_lm_head=True`).
+    The new forward answers with the same numbers from B rows `[prompt, chosen, rejected]` and from logits at
+    completion positions only. Calls without `fused_lm_head` go to the forward that was there. Entropy, mean logits and top-1
+    hits, which TRL would only log, are zero and left out of the log.
+    """
+    original = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **options: Any) -> Any:
+        if not fused_lm_head:
+            return original(*args, **options)
+        ids, labels = options["input_ids"], options["labels"]
+        scored = labels[:, 1:] != -100
+        rows = _pair_rows(ids.tolist(), scored.tolist())
+        packed = pack_rows(rows).to(ids.device)
+        half = len(rows)
+        # branches run chosen, rejected, chosen, ... over the pairs; TRL's rows run all chosen, then all rejected
+        row = packed.branch // 2 + half * (packed.branch % 2)
+        first = scored.int().argmax(dim=1)
+        position = torch.cat([torch.arange(n, device=ids.device) for n in torch.bincount(packed.branch).tolist()])
+        logps = completion_logps(self, packed)
+        out = logps.new_zeros(scored.shape).index_put((row, first[row] + position), logps)
+        zeros = torch.zeros_like(out)
+        return SimpleNamespace(log_probs=out, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _pair_rows(ids: list[list[int]], scored: list[list[bool]]) -> list[PromptRow]:
+    half = len(ids) // 2
+    starts = [flags.index(True) + 1 for flags in scored]
+    completions = [row[s : s + sum(flags)] for row, s, flags in zip(ids, starts, scored, strict=True)]
+    return [PromptRow(ids[b][: starts[b]], [completions[b], completions[b + half]]) for b in range(half)]
+
+
+def stage_trainer(
+    base: PreTrainedModel,
+    tokenizer: Any,
+    rows: Dataset,
+    *,
+    parameters: dict[str, Any],
+    output_dir: Path,
+    stage: int = 1,
+    previous: Path | None = None,
+    earlier: dict[str, Dataset] | None = None,
+) -> ConflictAwareDPOTrainer:
+    """A trainer for one stage whose reference is the base model.
+
+    The adapter is made on the bare base model and the weights of the stage before are loaded into it AFTER the trainer exists:
+    handed a trained adapter, TRL 1.16 would silently take a copy of it as the reference.
+
+    Args:
+        base: the base model, bare; it is wrapped in place, so load it anew for another stage.
+        tokenizer: for padding.
+        rows: the stage's pairs, from `training_rows`.
+        parameters: the flat parameters of the chain.
+        output_dir: where TRL may write.
+        stage: number of the stage, from 1.
+        previous: adapter folder of the stage before; None for the first stage.
+        earlier: data sets of earlier objectives for the conflict measurement.
+
+    Raises:
+        StudyError: when `previous` does not hold exactly this adapter.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        trainer = ConflictAwareDPOTrainer(
+            base,
+            args=dpo_config(parameters, pairs=len(rows), output_dir=output_dir),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=lora_config(parameters),
+            earlier=earlier,
+            conflict_every=parameters["conflict_every"],
+            conflict_pairs=parameters["conflict_pairs"],
+            stage=stage,
+            callbacks=[_Progress(f"stage {stage}")],
+        )
+    trainer.remove_callback(_printer())
+    if previous is not None:
+        load_adapter(trainer.model, previous)
+    first = rows[0]
+    if agrees_with_plain_path(trainer.model, PromptRow(first["prompt_ids"], [first["chosen_ids"], first["rejected_ids"]])):
+        share_prompts(trainer.model.get_base_model())
+    else:
+        warnings.warn("the shared-prompt pass disagrees with the plain one for this model; training on padded rows", stacklevel=2)
+    return trainer
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load a saved adapter's weights into the adapter of `model`.
+
+    Raises:
+        StudyError: when the file is missing or its weights are not exactly those of the adapter.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise StudyError(f"{file} is missing: run the stage before this one.")
+    result = set_peft_model_state_dict(model, load_file(file))
+    lacking = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or lacking:
+        raise StudyError(f"{file} does not fit the adapter (for example {[*result.unexpected_keys, *lacking][0]}): check lora_rank and lora_targets.")
+
+
+def prove_reference(trainer: DPOTrainer, base_scores: pd.DataFrame) -> pd.DataFrame:
+    """Prove before the first step that the reference is the base model, on a few pairs of the training data.
+
+    Three sums are compared for each completion: the reference that the trainer will use (its columns, or what
+    TRL computes on the fly), the model under the trainer with its adapter off, computed here one sequence at a time, and the cached
+    sum of the base model.
+
+    Args:
+        trainer: ready to train; its data set holds `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        base_scores: `chosen_logp`, `rejected_logp` of the base model, in the order of the data set.
+
+    Returns:
+        One row a completion: `completion`, `trainer_reference`, `adapter_off`, `cached_base`, in nats.
+
+    Raises:
+        StudyError: when two of them differ by more than the rounding of the dtype, naming both.
+    """
+    rows = trainer.train_dataset.select(range(min(REFERENCE_CHECKS, len(trainer.train_dataset))))
+    used = _references_in_use(trainer, rows)
+    checks = []
+    with trainer.model.disable_adapter():
+        for i, row in enumerate(rows):
+            for k, side in enumerate(("chosen", "rejected")):
+                live = sequence_logp(trainer.model, row["prompt_ids"], row[f"{side}_ids"])
+                cached = float(base_scores[f"{side}_logp"].iloc[i])
+                checks.append({"completion": f"{side} {i}", "trainer_reference": used[i][k], "adapter_off": live, "cached_base": cached})
+    table = pd.DataFrame(checks)
+    tolerance = 2e-2 if trainer.model.dtype == torch.bfloat16 else 1e-4
+    for name, meaning in (("cached_base", "the cached base scores are stale, or a merged adapter changed the weights under the adapter"),
+                          ("trainer_reference", "the reference is not the base model, for example a copy of the previous stage's adapter")):
+        gap = (table[name] - table["adapter_off"]).abs()
+        worst = table.loc[(gap / table["adapter_off"].abs().clip(lower=1.0)).idxmax()]
+        if not gap.loc[worst.name] <= tolerance * max(1.0, abs(worst["adapter_off"])):
+            raise StudyError(
+                f"wrong reference: for {worst['completion']} {name} is {worst[name]:.4f} nats, the model with its adapter off gives "
+                f"{worst['adapter_off']:.4f}: {meaning}. Training stopped before its first step."
+            )
+    return table
+
+
+def _references_in_use(trainer: DPOTrainer, rows: Dataset) -> list[tuple[float, float]]:
+    if trainer.precompute_ref_logps:
+        return list(zip(rows["ref_chosen_logps"], rows["ref_rejected_logps"], strict=True))
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+
+def history_table(trainer: DPOTrainer) -> pd.DataFrame:
+    """TRL's log, one row an optimiser step: `step`, `loss`, `learning_rate`, `grad_norm`, `rewards/*`, `logps/*`."""
+    return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
