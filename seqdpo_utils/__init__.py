@@ -8,6 +8,7 @@ The notebooks argue, this package computes. Modules import only downward:
     scoring                  exact sums of log-probabilities
     training                 DPO stages with the base model as reference
     metrics, mechanics       what the records say; how gradients and adapters moved
-    charts, appendix         figures and pages
-    run                      papermill and the command line
+    charts, summary          figures; tables across chains
+    appendix                 rendered pages
+    run                      papermill, Snakemake and the command line
 """

@@ -30,13 +30,21 @@ def percent(value: float) -> str:
     return f"{value:.0%}"
 
 
-def static_bundle(chart: alt.TopLevelMixin, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A chart as SVG, as PNG of double density and as text, none of which needs a network.
+def with_interval(value: float | None, low: float | None, high: float | None, *, digits: int = 2) -> str:
+    """A number with its interval, or what is missing, for a sentence."""
+    if value is None or pd.isna(value):
+        return "not measured"
+    if low is None or pd.isna(low):
+        return f"{value:+.{digits}f} (no interval: too few measurements)"
+    return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def static_bundle(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A Vega-Lite chart as SVG, as PNG of double density and as text, none of which needs a network.
 
     Raises:
         ValueError: when the chart has no description to serve as alternative text.
     """
-    spec = chart.to_dict()
     description = spec.get("description")
     if not description:
         raise ValueError("a chart needs a description: its text for readers who cannot see it")

@@ -145,6 +145,6 @@ def label_agreement(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def data_fingerprint(tables: dict[str, pd.DataFrame]) -> str:
-    """Hash of every pair with its objective and split, in order."""
+    """Hash of every pair with its objective and split, whatever their order."""
     pooled = pd.concat(tables.values())
-    return _hash(*pooled["pair_id"], *pooled["objective"], *pooled["split"])
+    return _hash(*sorted(pooled["pair_id"] + pooled["objective"] + pooled["split"]))

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 from torch import Tensor
 
 from seqdpo_utils.paths import StudyError
@@ -150,6 +151,32 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
                      "layer": layer, "module": module, "norm": max(uu, 0.0) ** 0.5, "other_norm": max(vv, 0.0) ** 0.5, "cosine": cosine(uv, uu, vv)}
                 )  # fmt: skip
     return pd.DataFrame(rows).astype({"layer": "Int64", "cosine": "Float64"})
+
+
+def conflict_verdict(conflict: pd.DataFrame) -> dict[str, Any]:
+    """What the measured cosines allow one to say, from t intervals over the measured steps.
+
+    Returns:
+        `cross` and `within` (mean, low, high each), `steps`, and `verdict`: "opposed", "aligned", "near-orthogonal", or "cannot be
+        decided at this size" where the old objective does not even agree with itself.
+    """
+    cross, within = (_t_interval(conflict[name].dropna().astype(float)) for name in ("cosine", "within_cosine"))
+    if cross[1] is None or within[1] is None:
+        verdict = "cannot be decided at this size"
+    elif cross[2] < 0:
+        verdict = "opposed"
+    elif cross[1] > 0:
+        verdict = "aligned"
+    else:
+        verdict = "near-orthogonal" if within[1] > 0 else "cannot be decided at this size"
+    return {"cross": cross, "within": within, "steps": len(conflict), "verdict": verdict}
+
+
+def _t_interval(values: pd.Series) -> tuple[float | None, float | None, float | None]:
+    if len(values) < 3:
+        return (float(values.mean()) if len(values) else None), None, None
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    return float(values.mean()), float(low), float(high)
 
 
 def _groups(paths: Iterable[str]) -> list[tuple[tuple[int | None, str | None], list[str]]]:

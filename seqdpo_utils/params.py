@@ -20,6 +20,9 @@ LAYOUT_OBJECTIVES = {
 }
 """Objectives that each layout carries labels for. Of `verbosity` the lower rating is preferred."""
 
+EMBEDDED_MODELS = ("models/smollm2-135m-instruct", "models/tiny-random-llama")
+"""Values of `base_model` that `seqdpo_utils.models.prepare_model` builds."""
+
 Word = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -53,6 +56,7 @@ class Scale(_Checked):
     eval_pairs: Annotated[int, Field(ge=2)]
     conflict_every: Annotated[int, Field(ge=0)]
     conflict_pairs: Annotated[int, Field(ge=2)]
+    scored_splits: Annotated[list[Literal["train", "eval"]], Field(min_length=1)]
     token_budget: Annotated[int, Field(ge=64)]
     resamples: Annotated[int, Field(ge=100)]
 
@@ -195,3 +199,22 @@ def resolve(
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise StudyError(f"seed {seed!r} is not a whole number of 0 or more.")
     return flat | {"scale": scale, "setting": setting, "order": order, "seed": seed}
+
+
+def from_notebook(root: Path, namespace: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a notebook's cell declares, checked as the batch checks them.
+
+    Args:
+        root: the project's folder.
+        namespace: the notebook's `globals()`; it must hold `scale`, `setting`, `order`, `seed`.
+
+    Returns:
+        Only the declared ones, so that a notebook cannot lean on a value that it does not show.
+
+    Raises:
+        StudyError: as `resolve`.
+    """
+    mine = {key: namespace[key] for key in (*Scale.model_fields, *Setting.model_fields) if key in namespace}
+    chain = {key: namespace[key] for key in ("scale", "setting", "order", "seed") if key in namespace}
+    flat = resolve(root, **chain, overrides=mine)
+    return {key: flat[key] for key in (*mine, *chain)}

@@ -38,8 +38,8 @@ class RunPaths:
     root: Path
     scale: str
     setting: str
-    order: str
-    seed: int
+    order: str = ""
+    seed: int = 0
 
     @property
     def setting_dir(self) -> Path:
@@ -131,6 +131,12 @@ def read_table(path: Path) -> pd.DataFrame:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise StudyError(f"{path} cannot be read as Parquet ({error}). Delete it and run `make study` again.") from error
+
+
+def read_scores(paths: RunPaths, *, stages: int) -> pd.DataFrame:
+    """Per-pair records of the base and of every stage of a chain, one below the other."""
+    files = [paths.base_scores, *(paths.scores(k) for k in range(1, stages + 1))]
+    return pd.concat([read_table(file) for file in files], ignore_index=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from seqdpo_utils.encoding import EncodedPair
+from seqdpo_utils.paths import StudyError
 
 HEAD_ROWS = 1024
 """Positions whose logits exist at one time: HEAD_ROWS x vocabulary numbers."""
@@ -213,3 +214,16 @@ def score_pairs(model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPair],
         chosen_tokens=[len(p.chosen) for p in encoded],
         rejected_tokens=[len(p.rejected) for p in encoded],
     )
+
+
+def records_of(scores: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The records of `pairs` in their order, from the records of many.
+
+    Raises:
+        StudyError: when a pair has no record.
+    """
+    keys = ["pair_id", "objective"]
+    found = pairs[keys].merge(scores, on=keys, how="left", validate="one_to_one")
+    if found["chosen_logp"].isna().any():
+        raise StudyError(f"{int(found['chosen_logp'].isna().sum())} of {len(pairs)} pairs have no record: run 01_data_preparation again.")
+    return found.astype({"chosen_tokens": int, "rejected_tokens": int})

@@ -8,6 +8,8 @@ same weights (`ConflictAwareDPOTrainer`).
 import itertools
 import logging
 import math
+import shutil
+import time
 import types
 import warnings
 from collections import defaultdict
@@ -26,17 +28,48 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from seqdpo_utils.encoding import EncodedPair
+from seqdpo_utils.data import data_fingerprint, encode_table
+from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row
-from seqdpo_utils.models import compute_device, lora_config
-from seqdpo_utils.paths import StudyError
-from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, sequence_logp
+from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
+from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json
+from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, records_of, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)
 
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""
 _NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+
+
+def fingerprints(root: Path, tables: dict[str, pd.DataFrame], tokenizer: Any, *, base_model: str, dtype: str) -> dict[str, str]:
+    """What cached base sums depend on: data, weights, tokens and dtype."""
+    return {
+        "data": data_fingerprint(tables),
+        "base_model": base_fingerprint(root, base_model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dtype": dtype,
+    }
+
+
+def check_fingerprints(paths: RunPaths, now: dict[str, str]) -> None:
+    """Refuse base sums that were computed for other data, weights, tokens or dtype.
+
+    Raises:
+        StudyError: naming what differs.
+    """
+    then = read_json(paths.preparation)["fingerprints"]
+    differing = [name for name in now if then.get(name) != now[name]]
+    if differing:
+        name = differing[0]
+        raise StudyError(f"{paths.base_scores} is stale: {name} was {then.get(name)}, now {now[name]}. Run 01_data_preparation again.")
+
+
+def stage_rows(paths: RunPaths, tokenizer: Any, *, objective: str) -> tuple[Dataset, pd.DataFrame]:
+    """Training pairs of one objective with the base model's sums, ready for a trainer, and these sums as a table."""
+    pairs = read_table(paths.data(objective)).query("split == 'train'")
+    base_scores = records_of(read_table(paths.base_scores), pairs)
+    return training_rows(encode_table(tokenizer, pairs), base_scores), base_scores
 
 
 def training_rows(encoded: Sequence[EncodedPair], base_scores: pd.DataFrame) -> Dataset:
@@ -202,11 +235,16 @@ class _AfterStep(TrainerCallback):
 
 
 class _Progress(TrainerCallback):
-    """One line with step, loss and time left, at most every five seconds."""
+    """One line with step, loss and time left, at most every five seconds; keeps the seconds of every step."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.bar: Any = None
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = tqdm(total=state.max_steps, desc=self.label, unit="step", mininterval=5)
@@ -216,6 +254,7 @@ class _Progress(TrainerCallback):
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.monotonic() - self.began)
         self.bar.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -307,8 +346,8 @@ def stage_trainer(
             processing_class=tokenizer,
             peft_config=lora_config(parameters),
             earlier=earlier,
-            conflict_every=parameters["conflict_every"],
-            conflict_pairs=parameters["conflict_pairs"],
+            conflict_every=parameters["conflict_every"] if earlier else 0,
+            conflict_pairs=parameters["conflict_pairs"] if earlier else 2,
             stage=stage,
             callbacks=[_Progress(f"stage {stage}")],
         )
@@ -393,5 +432,27 @@ def _references_in_use(trainer: DPOTrainer, rows: Dataset) -> list[tuple[float, 
 
 
 def history_table(trainer: DPOTrainer) -> pd.DataFrame:
-    """TRL's log, one row an optimiser step: `step`, `loss`, `learning_rate`, `grad_norm`, `rewards/*`, `logps/*`."""
-    return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    """TRL's log, one row an optimiser step: `step`, `loss`, `learning_rate`, `grad_norm`, `rewards/*`, `logps/*`, and `seconds`."""
+    table = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    progress = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _Progress))
+    return table.assign(seconds=progress.seconds)
+
+
+def save_adapter(trainer: DPOTrainer, folder: Path) -> dict[str, str]:
+    """Save the adapter as safetensors with a manifest; the folder appears whole or not at all.
+
+    Returns:
+        The manifest: hash of the weights, device and dtype.
+    """
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    trainer.model.save_pretrained(beside, safe_serialization=True)
+    manifest = {
+        "adapter_sha256": hash_files([beside / "adapter_model.safetensors"]),
+        "device": str(trainer.accelerator.device),
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
+    }
+    write_json(beside / "manifest.json", manifest)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    return manifest

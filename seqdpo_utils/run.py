@@ -1,0 +1,259 @@
+"""The command line: run one notebook through papermill, run the study through Snakemake, record a chain, render pages."""
+
+import argparse
+import ast
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from filelock import FileLock, Timeout
+from jupyter_client.kernelspec import NoSuchKernel
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from seqdpo_utils import params
+from seqdpo_utils.paths import RunPaths, StudyError, project_root, read_json, read_table, write_json
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
+QUIET = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+    # keep freed memory in the process: on Linux the logits' page faults otherwise cost a tenth of the time
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+}
+_BAR = re.compile(r"\d+%\|.*\[.+<.+\]")
+
+
+def declared_parameters(notebook: Path) -> dict[str, Any]:
+    """Names that a notebook's parameters cell declares, with papermill's view of each.
+
+    Raises:
+        StudyError: when no cell has the tag `parameters`.
+    """
+    cells = nbformat.read(notebook, as_version=4).cells
+    if not any("parameters" in cell.metadata.get("tags", []) for cell in cells):
+        raise StudyError(f"{notebook.name} has no cell tagged 'parameters': nothing could be handed to it.")
+    return papermill.inspect_notebook(str(notebook))
+
+
+def notebook_parameters(notebook: Path, flat: dict[str, Any]) -> dict[str, Any]:
+    """The part of the flat parameters that a notebook declares.
+
+    Raises:
+        StudyError: when it declares a name that is not a parameter of the study.
+    """
+    declared = declared_parameters(notebook)
+    unknown = [name for name in declared if name not in flat]
+    if unknown:
+        raise StudyError(f"{notebook.name} declares {unknown[0]!r}, which no parameter file sets; known: {', '.join(sorted(flat))}.")
+    return {name: flat[name] for name in declared}
+
+
+def helper_files(root: Path, notebook: Path) -> list[str]:
+    """Files of `seqdpo_utils` that a notebook imports, directly or through others: what its results depend on."""
+    package = root / "seqdpo_utils"
+    sources = ["".join(cell.source) for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    waiting, found = [name for source in sources for name in _imported(source)], set()
+    while waiting:
+        file = package / f"{waiting.pop()}.py"
+        if file.is_file() and file not in found:
+            found.add(file)
+            waiting += _imported(file.read_text(encoding="utf-8"))
+    return sorted(str(file.relative_to(root)) for file in found)
+
+
+def _imported(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seqdpo_utils"):
+            _, _, module = node.module.partition(".")
+            names += [module] if module else [alias.name for alias in node.names]
+    return names
+
+
+class _Progress(logging.Handler):
+    """Passes a notebook's progress bars on to the terminal, with the notebook's name before them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.INFO)
+        self.name_shown = name
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in record.getMessage().replace("\r", "\n").splitlines():
+            if _BAR.search(line):
+                print(f"  {self.name_shown} | {line.strip()}", file=sys.stderr, flush=True)
+
+
+def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, label: str) -> None:
+    """Execute a notebook; `target` appears only when every cell ran.
+
+    While it runs, and after a failure, the notebook lies beside it as `<name>.partial.ipynb`; a failure also leaves
+    `<name>.error.txt`, whose first line names the cause.
+
+    Raises:
+        StudyError: when a cell failed or the kernel died, with the path of what was kept.
+    """
+    partial, failure = target.with_suffix(".partial.ipynb"), target.with_suffix(".error.txt")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failure.unlink(missing_ok=True)
+    logger = logging.getLogger("papermill")
+    logger.handlers, logger.propagate = [_Progress(label)], False
+    logger.setLevel(logging.INFO)
+    os.environ.update(QUIET)
+    print(f"  {label} | started", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="nb") as private:
+        transport = {} if os.name == "nt" else {"transport": "ipc", "ip": f"{private}/k"}
+        try:
+            papermill.execute_notebook(
+                str(source), str(partial), parameters=parameters, cwd=str(project_root()), kernel_name="python3", log_output=True,
+                coalesce_streams=True, autosave_cell_every=30, progress_bar=False, config=Config(KernelManager=transport),
+            )  # fmt: skip
+        except (PapermillExecutionError, DeadKernelError, NoSuchKernel, OSError) as error:
+            cause = _cause(error)
+            failure.write_text(f"{cause}\n{error}\n", encoding="utf-8")
+            raise StudyError(f"{label} failed: {cause}\nThe notebook is kept as {partial}") from error
+    os.replace(partial, target)
+    print(f"  {label} | done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, PapermillExecutionError):
+        return f"{error.ename}: {error.evalue}"
+    if isinstance(error, DeadKernelError):
+        return "the kernel died, most often for want of memory: close other programs or lower token_budget and pairs_per_device"
+    return f"{type(error).__name__}: {error}"
+
+
+def record_chain(paths: RunPaths, flat: dict[str, Any], *, root: Path) -> None:
+    """Write `run.json`: parameters, versions, commit, fingerprints, counts, seconds per step, device and dtype."""
+    stages = {k: read_json(paths.checkpoint(k) / "manifest.json") for k in range(1, len(flat["objectives"]) + 1)}
+    preparation = read_json(paths.preparation)
+    write_json(
+        paths.run_json,
+        {
+            "parameters": flat,
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            **_commit(root),
+            "fingerprints": preparation["fingerprints"],
+            "counts": preparation["counts"],
+            "seconds_per_step": {f"stage{k}": float(read_table(paths.history(k))["seconds"].median()) for k in stages},
+            "device": stages[1]["device"],
+            "dtype": stages[1]["dtype"],
+            "adapters": {f"stage{k}": manifest["adapter_sha256"] for k, manifest in stages.items()},
+        },
+    )
+
+
+def _commit(root: Path) -> dict[str, Any]:
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return {"commit": None, "dirty": None}
+    head = subprocess.run([git, "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    changes = subprocess.run([git, "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)
+    return {"commit": head.stdout.strip() or None, "dirty": bool(changes.stdout.strip())}
+
+
+def study(root: Path, *, scale: str, settings: list[str], seeds: list[int], words: list[str], cores: int) -> int:
+    """Run everything that is missing or out of date; return the exit status.
+
+    All parameters are checked first. A lock refuses a second start on the same scale; the marks of a killed run are
+    cleared and its unfinished notebooks run again. What failed is listed last.
+    """
+    overrides = params.parse_overrides(words)
+    for setting, seed in itertools.product(settings, seeds):
+        params.resolve(root, scale=scale, setting=setting, seed=seed, overrides=overrides)
+    results = root / "runs" / scale
+    results.mkdir(parents=True, exist_ok=True)
+    gpu = int(Path("/dev/nvidia0").exists())
+    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpu": gpu}
+    command = [
+        sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root), "--cores", str(cores),
+        "--resources", f"gpu={gpu}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
+        "--keep-going", "--quiet", "rules", "host", "--config", *(f"{key}={json.dumps(value)}" for key, value in config.items()),
+    ]  # fmt: skip
+    began = time.monotonic()
+    try:
+        with FileLock(results / ".lock").acquire(timeout=0):
+            subprocess.run([*command, "--unlock"], cwd=root, env=os.environ | QUIET, capture_output=True, check=False)
+            status = subprocess.run(command, cwd=root, env=os.environ | QUIET, check=False).returncode
+    except Timeout:
+        raise StudyError(f"a study at scale {scale!r} is already running in this folder. Wait for it or stop it.") from None
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    failures = sorted(results.rglob("*.error.txt"))
+    if status:
+        print(f"\nThe study stopped after {minutes} min {seconds} s. `make study` with the same words goes on from here.")
+        for failure in failures:
+            cause = failure.read_text(encoding="utf-8").partition("\n")[0]
+            print(f"FAILED {failure.with_suffix('').with_suffix('.partial.ipynb').relative_to(root)}\n       {cause}")
+    else:
+        print(f"\nThe study is complete after {minutes} min {seconds} s.\nOpen {results / 'appendix' / 'index.html'} in a browser.")
+    return status
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m seqdpo_utils <command>`; faults that a message explains end with status 2 and that message alone."""
+    parser = argparse.ArgumentParser(prog="python -m seqdpo_utils", description="Sequential DPO as a notebook study.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    whole = commands.add_parser("study", help="run every notebook that is missing or out of date, then render the appendix")
+    whole.add_argument("--scale", default="classroom")
+    whole.add_argument("--settings", nargs="+", default=None)
+    whole.add_argument("--seeds", nargs="+", type=int, default=[0])
+    whole.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
+    whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    one = commands.add_parser("notebook", help="run one notebook through papermill")
+    one.add_argument("source", type=Path)
+    one.add_argument("target", type=Path)
+    one.add_argument("--parameters", type=json.loads, required=True, help="the notebook's parameters as a JSON object")
+    one.add_argument("--label", default="notebook")
+    record = commands.add_parser("record", help="write run.json of a finished chain")
+    record.add_argument("--parameters", type=json.loads, required=True, help="all parameters of the chain as a JSON object")
+    model = commands.add_parser("model", help="build an embedded base model once")
+    model.add_argument("name")
+    pages = commands.add_parser("appendix", help="render executed notebooks")
+    pages.add_argument("--scale", default="classroom")
+    options = parser.parse_args(argv)
+    try:
+        return _dispatch(options)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    root = project_root()
+    if options.command == "study":
+        settings = options.settings or sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))
+        return study(root, scale=options.scale, settings=settings, seeds=options.seeds, words=options.words, cores=options.cores)
+    if options.command == "notebook":
+        run_notebook(options.source, options.target, options.parameters, label=options.label)
+    elif options.command == "record":
+        flat = options.parameters
+        record_chain(RunPaths(root / "runs", flat["scale"], flat["setting"], flat["order"], flat["seed"]), flat, root=root)
+    elif options.command == "model":
+        from seqdpo_utils.models import prepare_model
+
+        print(f"base model ready: {prepare_model(root, options.name) or options.name}")
+    else:
+        from seqdpo_utils.appendix import render_appendix
+
+        print(f"appendix: {render_appendix(root / 'runs' / params.check_word(options.scale, 'scale'))}")
+    return 0
