@@ -1,13 +1,14 @@
 """Helpers for the notebooks of a study of sequential Direct Preference Optimisation.
 
-The notebooks argue, this package computes. Modules import only downward:
+The notebooks argue, this package computes. A module imports only from those above it:
 
-    paths, params            names of files, checked parameters
-    sources, data            four public layouts, one table of preference pairs
-    models, encoding         base model, tokens of a pair
+    paths, params            names of files; checked parameters
+    encoding                 the token ids of a pair
+    sources, data            four public layouts; one table of preference pairs
+    models                   base model, tokenizer, adapter
     scoring                  exact sums of log-probabilities
-    training                 DPO stages with the base model as reference
-    metrics, mechanics       what the records say; how gradients and adapters moved
+    mechanics, training      gradients and movement; DPO stages with the base as reference
+    metrics                  what the records say
     charts, summary          figures; tables across chains
     appendix                 rendered pages
     run                      papermill, Snakemake and the command line

@@ -31,6 +31,7 @@ pre{background:var(--card);padding:.8rem;border-radius:6px;overflow-x:auto;white
 details.code{margin:.6rem 0}details.code>summary,details>summary{cursor:pointer;color:var(--soft);font-size:.85rem}
 .chart{background:#fff;border-radius:8px;padding:.6rem;margin:1rem 0;overflow-x:auto}.chart svg{max-width:100%;height:auto}
 .log{color:var(--soft);font-size:.8rem;max-height:12rem;overflow:auto}.error{border-left:4px solid #c62828}
+.anchor-link{display:none}table,th,td,tr{border-left:0;border-right:0;border-top:0}
 .label{background:#fff3e0;color:#5d3a00;padding:.5rem .9rem;border-radius:6px;display:inline-block}
 """
 
@@ -66,7 +67,7 @@ class _Pages:
 
     def output(self, output: Any, number: int) -> str:
         if output.output_type == "stream":
-            lines = [line.rpartition("\r")[2] for line in output.text.splitlines() if line.strip()]
+            lines = [line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n") if line.strip()]
             return f'<pre class="log">{html.escape(chr(10).join(lines))}</pre>'
         if output.output_type == "error":
             return f'<pre class="error">{html.escape(f"{output.ename}: {output.evalue}")}</pre>'
@@ -137,8 +138,13 @@ def _index(pages: _Pages, results: Path, links: dict[str, list[tuple[str, str]]]
     if summary:
         parts += ["<h2>Read first</h2><ul>"] + [f'<li><a href="{name}">{html.escape(title)}</a></li>' for name, title in summary] + ["</ul>"]
     if claims.is_file():
-        rows = "".join(f"<tr><td>{html.escape(c.claim)}</td><td>{html.escape(c.figure)}</td><td>{html.escape(c.verdict)}</td></tr>" for c in read_table(claims).itertuples())
-        parts += [f'<h2>The claims, with this run\'s figures</h2><table class="wide"><tr><th>claim of the source study</th><th>our figure</th><th>what it allows to say</th></tr>{rows}</table>']
+        rows = "".join(
+            f"<tr><td>{html.escape(c.claim)}</td><td>{html.escape(c.figure)}</td><td>{html.escape(c.verdict)}</td></tr>"
+            for c in read_table(claims).itertuples()
+        )
+        parts += [
+            f'<h2>The claims, with this run\'s figures</h2><table class="wide"><tr><th>claim of the source study</th><th>our figure</th><th>what it allows to say</th></tr>{rows}</table>'
+        ]
     for setting in dict.fromkeys(chain.partition("/")[0] for chain in links):
         parts.append(f"<h2>{html.escape(setting)}</h2>")
         for chain, pages_of in links.items():

@@ -213,7 +213,7 @@ def quartile_changes(table: pd.DataFrame, *, caption: str) -> alt.Chart:
     points = base.mark_point(filled=True, size=80, opacity=1, color=STAGE_COLOURS[2]).encode(y="change:Q")
     zero = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(y=alt.datum(0))
     return alt.layer(zero, bars, points).properties(width=230, height=210).facet(
-        column=alt.Column("key:N", sort=None, title=None)
+        column=alt.Column("key:N", sort=list(dict.fromkeys(table["key"])), title=None)
     ).properties(
         title=_title("Do confident pairs lose more?", caption),
         description=f"Mean change of the policy margin in four groups of pairs, for each sorting key. {caption}",

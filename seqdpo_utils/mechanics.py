@@ -36,9 +36,7 @@ def cosine(product: float, square_left: float, square_right: float) -> float | N
     return product / (square_left * square_right) ** 0.5
 
 
-def corrected_cosine(
-    new_halves: tuple[Sequence[Tensor], Sequence[Tensor]] | None, old_halves: tuple[Sequence[Tensor], Sequence[Tensor]]
-) -> float | None:
+def corrected_cosine(new_halves: tuple[Sequence[Tensor], Sequence[Tensor]] | None, old_halves: tuple[Sequence[Tensor], Sequence[Tensor]]) -> float | None:
     """Cosine of the noise-free gradients, estimated from two independent halves of each batch.
 
     The mean of the four cross products over the root of the two within products: the noise of different halves is
@@ -134,9 +132,7 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
         `space` ("lora", "weight"), `layer`, `module` (null for all), `norm`, `other_norm`, `cosine` (null when a move is zero).
     """
     names = list(checkpoints)
-    moves = {
-        (x, y): {path: (*checkpoints[x][path], *checkpoints[y][path]) for path in checkpoints[x]} for x, y in zip(names, names[1:], strict=False)
-    }
+    moves = {(x, y): {path: (*checkpoints[x][path], *checkpoints[y][path]) for path in checkpoints[x]} for x, y in zip(names, names[1:], strict=False)}
     rows = []
     for (move, parts), (other, other_parts) in ((u, v) for i, u in enumerate(moves.items()) for v in list(moves.items())[i + 1 :]):
         for space, inner, factor in (("lora", raw_inner, 1.0), ("weight", weight_inner, scaling**2)):

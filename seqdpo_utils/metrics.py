@@ -184,7 +184,7 @@ def outcome(low: float | None, high: float | None, *, delta: float = DELTA) -> s
         return "positive transfer"
     if 1 - delta <= low and high <= 1 + delta:
         return "stable"
-    if 0 < low and high < 1 - delta:
+    if low > 0 and high < 1 - delta:
         return "partial degradation"
     if high < 0:
         return "reversal"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def _smollm2(root: Path) -> tuple[PreTrainedModel, Any]:
     try:
         quantised = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **place)
         tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **place)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise StudyError(f"{files[0]} is not a readable GGUF file ({error}). Delete {root / GGUF_FOLDER} and run `make setup`.") from error
     config = quantised.config
     del config.quantization_config  # a model marked as quantised refuses training

@@ -63,9 +63,7 @@ class Scale(_Checked):
     @model_validator(mode="after")
     def _whole_batches(self) -> "Scale":
         if self.pairs_per_step % self.pairs_per_device:
-            raise ValueError(
-                f"pairs_per_step = {self.pairs_per_step} must be a multiple of pairs_per_device = {self.pairs_per_device}"
-            )
+            raise ValueError(f"pairs_per_step = {self.pairs_per_step} must be a multiple of pairs_per_device = {self.pairs_per_device}")
         if self.conflict_pairs % 2:
             raise ValueError(f"conflict_pairs = {self.conflict_pairs} must be even: it is split into two halves")
         if self.pairs_per_step > self.train_pairs:
@@ -174,9 +172,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     return values
 
 
-def resolve(
-    root: Path, *, scale: str, setting: str, order: str | None = None, seed: int = 0, overrides: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def resolve(root: Path, *, scale: str, setting: str, order: str | None = None, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """All parameters of one chain, flat: scale, then setting, then order and seed, then the command line.
 
     Args:

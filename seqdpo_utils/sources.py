@@ -36,6 +36,7 @@ def load_rows(source: str, *, layout: str, objective: str, revision: str | None 
         StudyError: when the place holds no readable rows, with the remedy.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     place = EMBEDDED / layout if source == "embedded" else Path(source)
     part = HH_FOLDERS[objective] if layout == "hh_rlhf" else None
@@ -46,9 +47,9 @@ def load_rows(source: str, *, layout: str, objective: str, revision: str | None 
             data = load_dataset(kind, data_files=files, split="train")
         else:
             data = load_dataset(source, data_dir=part, revision=revision, split="train")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, DatasetsError) as error:
         raise StudyError(
-            f"source {source!r} (layout {layout}, objective {objective}) could not be read: {error}. "
+            f"source {source!r} (layout {layout}, objective {objective}) could not be read: {error.__cause__ or error}. "
             "Give a local file or folder in that layout, a hub id that this machine can reach, or 'embedded'."
         ) from error
     if not len(data):
@@ -184,9 +185,7 @@ def _rating(value: Any) -> float | None:
         return None
 
 
-def _rank(
-    prompt: list[dict[str, str]], responses: list[str], ratings: list[float | None], objective: str, pairs: list[Pair], counts: Counter
-) -> None:
+def _rank(prompt: list[dict[str, str]], responses: list[str], ratings: list[float | None], objective: str, pairs: list[Pair], counts: Counter) -> None:
     if None in ratings:
         counts["rating is missing"] += 1
     elif ratings[0] == ratings[1]:

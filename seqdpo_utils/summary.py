@@ -81,9 +81,7 @@ def _cross_seed(run: RunPaths, twin: RunPaths, *, beta: float, resamples: int) -
 
 def _contrast(table: pd.DataFrame) -> dict[str, float]:
     by = table.set_index("quartile")
-    return {
-        f"{name}{bound}": by.loc[number, f"change{bound}"] for name, number in (("lowest", 1), ("highest", 4)) for bound in ("", "_low", "_high")
-    }
+    return {f"{name}{bound}": by.loc[number, f"change{bound}"] for name, number in (("lowest", 1), ("highest", 4)) for bound in ("", "_low", "_high")}
 
 
 def mechanics(runs: Sequence[RunPaths]) -> pd.DataFrame:
@@ -102,7 +100,14 @@ def mechanics(runs: Sequence[RunPaths]) -> pd.DataFrame:
 
 def claims(fates: pd.DataFrame, quartiles: pd.DataFrame, mechanics: pd.DataFrame) -> pd.DataFrame:
     """The source study's claims (from its abstract, arXiv 2606.19744), our figure beside each, and what it allows one to say."""
-    parts = [_claim_fates(fates), _claim_safety(fates), _claim_order(fates), _claim_quartiles(quartiles), _claim_gradients(mechanics), _claim_movement(mechanics)]
+    parts = [
+        _claim_fates(fates),
+        _claim_safety(fates),
+        _claim_order(fates),
+        _claim_quartiles(quartiles),
+        _claim_gradients(mechanics),
+        _claim_movement(mechanics),
+    ]
     return pd.DataFrame(parts, columns=["claim", "figure", "verdict"])
 
 
@@ -110,7 +115,13 @@ def _claim_fates(fates: pd.DataFrame) -> tuple[str, str, str]:
     counted = fates["outcome"].value_counts()
     figure = "; ".join(f"{name}: {n} of {len(fates)} chains" for name, n in counted.items()) + "."
     decided = [name for name in counted.index if name not in ("undecided", "undefined: the stage did not learn")]
-    verdict = "More than one fate is seen." if len(decided) > 1 else f"Only one fate could be told apart ({decided[0]})." if decided else "Cannot be decided at this size."
+    verdict = (
+        "More than one fate is seen."
+        if len(decided) > 1
+        else f"Only one fate could be told apart ({decided[0]})."
+        if decided
+        else "Cannot be decided at this size."
+    )
     return "Forgetting is not uniform: a first objective may degrade, stay, be redistributed or gain.", figure, verdict
 
 
@@ -135,7 +146,11 @@ def _claim_order(fates: pd.DataFrame) -> tuple[str, str, str]:
         rows.append((setting, one["backward"] - two["backward"], apart))
     apart = [name for name, _, separate in rows if separate]
     figure = "Backward transfer, one order minus the other: " + "; ".join(f"{name} {gap:+.2f}" for name, gap, _ in rows) + "."
-    return "The order matters.", figure, f"The intervals of the two orders do not overlap in {len(apart)} of {len(rows)} settings{': ' + ', '.join(apart) if apart else ''}."
+    return (
+        "The order matters.",
+        figure,
+        f"The intervals of the two orders do not overlap in {len(apart)} of {len(rows)} settings{': ' + ', '.join(apart) if apart else ''}.",
+    )
 
 
 def _claim_quartiles(quartiles: pd.DataFrame) -> tuple[str, str, str]:
@@ -151,9 +166,17 @@ def _claim_quartiles(quartiles: pd.DataFrame) -> tuple[str, str, str]:
 def _claim_gradients(mechanics: pd.DataFrame) -> tuple[str, str, str]:
     counted = mechanics["gradients"].value_counts()
     cross, within = mechanics["cross"].mean(), mechanics["within"].mean()
-    figure = f"Mean cosine between objectives {cross:+.2f}, of an objective with itself {within:+.2f}; " + "; ".join(f"{n} chains {name}" for name, n in counted.items()) + "."
+    figure = (
+        f"Mean cosine between objectives {cross:+.2f}, of an objective with itself {within:+.2f}; "
+        + "; ".join(f"{n} chains {name}" for name, n in counted.items())
+        + "."
+    )
     undecided = counted.get("cannot be decided at this size", 0)
-    verdict = f"{undecided} of {len(mechanics)} chains decide nothing: there the old objective is as orthogonal to itself." if undecided else "Decided in every chain."
+    verdict = (
+        f"{undecided} of {len(mechanics)} chains decide nothing: there the old objective is as orthogonal to itself."
+        if undecided
+        else "Decided in every chain."
+    )
     return "Stage-2 gradients are near-orthogonal to the earlier objective.", figure, verdict
 
 

@@ -36,6 +36,7 @@ from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, writ
 from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, records_of, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""
@@ -147,12 +148,11 @@ class ConflictAwareDPOTrainer(DPOTrainer):
         self.conflict_records: list[dict[str, Any]] = []
         self.conflict_every = conflict_every if earlier else 0
         self.stage = stage
-        self._draws = {
-            name: _half_batches(rows, conflict_pairs // 2, self.data_collator, seed=self.args.seed) for name, rows in (earlier or {}).items()
-        }
+        self._draws = {name: _half_batches(rows, conflict_pairs // 2, self.data_collator, seed=self.args.seed) for name, rows in (earlier or {}).items()}
         self._pending: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self._first_half: list[Tensor] | None = None
         self._micro_batches = 0
+        self._loss_new = 0.0
         self.add_callback(_AfterStep(self))
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
@@ -176,21 +176,23 @@ class ConflictAwareDPOTrainer(DPOTrainer):
             )
         if self.conflict_every and self.state.global_step % self.conflict_every == 0:
             self._micro_batches += 1
+            self._loss_new += loss.item()
             accumulation = self.args.gradient_accumulation_steps
             if 2 * self._micro_batches == accumulation:
                 self._first_half = [p.grad.detach().clone() for p in self._adapter()]
             if self.accelerator.sync_gradients:
-                self._measure(float(loss) * accumulation)
+                self._measure()
         return loss
 
     def _adapter(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _measure(self, loss_new: float) -> None:
+    def _measure(self) -> None:
         adapter = self._adapter()
         whole = [p.grad.detach() for p in adapter]
         # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after it
         halves = None if self._first_half is None else (self._first_half, [w - a for w, a in zip(whole, self._first_half, strict=True)])
+        loss_new, self._loss_new = self._loss_new, 0.0
         self._first_half, self._micro_batches = None, 0
         before = [p.detach().clone() for p in adapter]
         for name, draws in self._draws.items():
@@ -211,7 +213,7 @@ class ConflictAwareDPOTrainer(DPOTrainer):
                 gradient = torch.autograd.grad(loss, adapter)
         finally:
             self._metrics["train"], self._total_train_tokens = log, tokens
-        return float(loss), list(gradient)
+        return loss.item(), list(gradient)
 
     def finish_step(self) -> None:
         """Complete the records of this step with g_old . (weights after - weights before), the optimiser's actual step."""
@@ -337,20 +339,18 @@ def stage_trainer(
     Raises:
         StudyError: when `previous` does not hold exactly this adapter.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        trainer = ConflictAwareDPOTrainer(
-            base,
-            args=dpo_config(parameters, pairs=len(rows), output_dir=output_dir),
-            train_dataset=rows,
-            processing_class=tokenizer,
-            peft_config=lora_config(parameters),
-            earlier=earlier,
-            conflict_every=parameters["conflict_every"] if earlier else 0,
-            conflict_pairs=parameters["conflict_pairs"] if earlier else 2,
-            stage=stage,
-            callbacks=[_Progress(f"stage {stage}")],
-        )
+    trainer = ConflictAwareDPOTrainer(
+        base,
+        args=dpo_config(parameters, pairs=len(rows), output_dir=output_dir),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(parameters),
+        earlier=earlier,
+        conflict_every=parameters["conflict_every"] if earlier else 0,
+        conflict_pairs=parameters["conflict_pairs"] if earlier else 2,
+        stage=stage,
+        callbacks=[_Progress(f"stage {stage}")],
+    )
     trainer.remove_callback(_printer())
     if previous is not None:
         load_adapter(trainer.model, previous)
@@ -411,9 +411,11 @@ def prove_reference(trainer: DPOTrainer, base_scores: pd.DataFrame) -> pd.DataFr
                 checks.append({"completion": f"{side} {i}", "trainer_reference": used[i][k], "adapter_off": live, "cached_base": cached})
     table = pd.DataFrame(checks)
     tolerance = 2e-2 if trainer.model.dtype == torch.bfloat16 else 1e-4
-    for name, meaning in (("cached_base", "the cached base scores are stale, or a merged adapter changed the weights under the adapter"),
-                          ("trainer_reference", "the reference is not the base model, for example a copy of the previous stage's adapter")):
-        gap = (table[name] - table["adapter_off"]).abs()
+    for name, meaning in (
+        ("cached_base", "the cached base scores are stale, or a merged adapter changed the weights under the adapter"),
+        ("trainer_reference", "the reference is not the base model, for example a copy of the previous stage's adapter"),
+    ):
+        gap = (table[name] - table["adapter_off"]).abs().fillna(math.inf)  # a NaN is a difference
         worst = table.loc[(gap / table["adapter_off"].abs().clip(lower=1.0)).idxmax()]
         if not gap.loc[worst.name] <= tolerance * max(1.0, abs(worst["adapter_off"])):
             raise StudyError(

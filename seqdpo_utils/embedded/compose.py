@@ -115,9 +115,7 @@ def _completion(rng: random.Random, item: dict[str, Any], kind: str) -> dict[str
         "honesty": (4 if true else 2) + unsure,
         "helpfulness": 1 + 2 * true + 2 * fits - unsure,
     }
-    annotations = {
-        aspect: {"Rating": "N/A" if rng.random() < MISSING_RATING else str(_jitter(rng, value, 1, 5))} for aspect, value in ratings.items()
-    }
+    annotations = {aspect: {"Rating": "N/A" if rng.random() < MISSING_RATING else str(_jitter(rng, value, 1, 5))} for aspect, value in ratings.items()}
     return {"response": item[kind] + (" " + item["unsure_clause"] if unsure else ""), "annotations": annotations}
 
 

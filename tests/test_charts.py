@@ -1,0 +1,79 @@
+import re
+
+import altair as alt
+import numpy as np
+import pandas as pd
+import pytest
+
+from seqdpo_utils import charts
+
+OUTSIDE = re.compile(r"""(?:src|href|xlink:href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import""", re.IGNORECASE)
+
+
+@pytest.fixture(autouse=True)
+def static():
+    with alt.renderers.enable("default"):
+        charts.use_static_charts()
+        yield
+
+
+def matrix() -> pd.DataFrame:
+    rows = [
+        {"checkpoint": c, "objective": o, "n_pairs": 9, "margin": m, "margin_low": m - 0.1, "margin_high": m + 0.1}
+        for c, m in (("base", 0.0), ("stage1", 1.0), ("stage2", -0.5)) for o in ("a", "b")
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def figures() -> dict[str, alt.TopLevelMixin]:
+    steps = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6], "rewards/margins": [0.0, 0.2], "logps/chosen": [-9.0, -8.0], "logps/rejected": [-9.0, -10.0]})
+    conflict = pd.DataFrame({"step": [1, 4], "cosine": [0.1, -0.1], "within_cosine": [0.0, None]})
+    changes = pd.DataFrame({"before": [0.1, -0.2], "after": [-0.1, -0.2], "reordered": ["lost", "same"]})
+    quartiles = pd.DataFrame({"key": "base", "quartile": range(1, 5), "change": 0.1, "change_low": 0.0, "change_high": 0.2})
+    cells = pd.DataFrame({"space": "weight", "layer": pd.array([0, 1], "Int64"), "module": ["q_proj", "up_proj"], "cosine": [0.2, -0.2]})
+    ends = matrix().query("checkpoint != 'base' and objective == 'a'").assign(label="s: a, then b", setting="s", order="a-then-b")
+    lengths = pd.DataFrame({"objective": "a", "side": ["chosen", "rejected"], "tokens": [5, 9]})
+    return {
+        "token_lengths": charts.token_lengths(lengths, objectives=["a"], caption="n = 2."),
+        "learning_curves": charts.learning_curves(steps, stage=1, caption="n = 2."),
+        "conflict_over_steps": charts.conflict_over_steps(conflict, caption="n = 2."),
+        "stage_heat_map": charts.stage_heat_map(matrix(), objectives=["a", "b"], caption="n = 9."),
+        "margins_by_stage": charts.margins_by_stage(matrix(), objectives=["a", "b"], measure="margin", axis="margin", question="?", caption="n = 9."),
+        "pair_scatter": charts.pair_scatter(changes, before="stage 1", after="stage 2", caption="n = 2."),
+        "quartile_changes": charts.quartile_changes(quartiles, caption="n = 4."),
+        "movement_map": charts.movement_map(cells, caption="n = 2."),
+        "retention_overview": charts.retention_overview(ends, caption="n = 9."),
+    }
+
+
+@pytest.mark.parametrize("name", figures())
+def test_every_figure_is_a_picture_with_a_text_that_asks_nothing_of_a_network(name):
+    chart = figures()[name]
+    bundle, metadata = charts.static_bundle(chart.to_dict())
+    assert bundle["image/svg+xml"].startswith("<svg") and not OUTSIDE.search(bundle["image/svg+xml"])
+    assert metadata["image/svg+xml"]["alt"] == bundle["text/plain"] and "n = " in bundle["text/plain"]
+    assert chart.to_dict()["title"]["text"].endswith("?")
+
+
+def test_the_marks_carry_the_numbers():
+    """A figure that draws nothing would pass for a picture: count its marks and read its labels."""
+    svg = charts.static_bundle(figures()["stage_heat_map"].to_dict())[0]["image/svg+xml"]
+    assert svg.count("+1.00") >= 2 and "0.50" in svg and len(re.findall(r"#[0-9a-f]{6}|rgb\(", svg)) > 4
+    assert charts.static_bundle(figures()["pair_scatter"].to_dict())[0]["image/svg+xml"].count('aria-roledescription="circle"') == 2
+
+
+def test_a_chart_without_a_text_is_refused():
+    with pytest.raises(ValueError, match="description"):
+        charts.static_bundle(alt.Chart(pd.DataFrame({"x": [1]})).mark_point().encode(x="x").to_dict())
+
+
+def test_sentences_say_what_is_missing():
+    assert charts.with_interval(0.5, 0.25, 0.75) == "+0.50 (+0.25 to +0.75)"
+    assert charts.with_interval(None, None, None) == charts.with_interval(np.nan, 0, 0) == "not measured"
+    assert "no interval" in charts.with_interval(0.5, None, None)
+    assert charts.percent(0.256) == "26%"
+
+
+def test_stages_and_objectives_keep_their_colours():
+    colours = [figures()[name].to_dict() for name in ("margins_by_stage", "retention_overview")]
+    assert charts.OBJECTIVE_COLOURS[0] in str(colours[0]) and charts.STAGE_COLOURS[1] in str(colours[1])

@@ -1,0 +1,113 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from seqdpo_utils import mechanics
+from seqdpo_utils.paths import StudyError
+
+
+def vector(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor(values[:1]), torch.tensor(values[1:])]
+
+
+def test_cosine_by_hand_and_of_nothing():
+    new, old = vector(3.0, 4.0), vector(4.0, -3.0)
+    assert mechanics.dot(new, old) == 0
+    assert mechanics.cosine(-25.0, 25.0, 25.0) == -1
+    assert mechanics.cosine(0.0, 0.0, 25.0) is None
+
+
+@pytest.mark.parametrize("truth", [-0.3, 0.0, 0.6])
+def test_the_correction_recovers_a_planted_cosine_that_noise_hides(truth):
+    rng = np.random.default_rng(0)
+    size, noise = 20_000, 3.0
+    one = rng.normal(size=size)
+    two = truth * one + (1 - truth**2) ** 0.5 * rng.normal(size=size)
+    raw, corrected = [], []
+    for _ in range(40):
+        halves = [[torch.tensor(v + noise * rng.normal(size=size))] for v in (one, one, two, two)]
+        raw.append(mechanics.conflict_row(new=[halves[0][0] + halves[1][0]], new_halves=None, old_halves=(halves[2], halves[3]))["cosine"])
+        corrected.append(mechanics.corrected_cosine((halves[0], halves[1]), (halves[2], halves[3])))
+    assert np.mean(corrected) == pytest.approx(truth, abs=0.03)
+    assert abs(np.mean(raw)) < 0.5 * abs(truth) + 0.02
+
+
+def test_what_cannot_be_estimated_is_none():
+    against_itself = (vector(1.0, 0.0), vector(-1.0, 0.0))
+    assert mechanics.corrected_cosine((vector(1.0, 0.0), vector(1.0, 0.0)), against_itself) is None
+    assert mechanics.corrected_cosine(None, against_itself) is None
+
+
+def lora(rng, *, modules=("layers.0.q_proj", "layers.1.q_proj", "layers.1.up_proj"), rank=3):
+    return {f"model.{name}": (torch.tensor(rng.normal(size=(rank, 7))), torch.tensor(rng.normal(size=(5, rank)))) for name in modules}
+
+
+def test_movement_equals_dense_matrices():
+    rng = np.random.default_rng(0)
+    points = {name: lora(rng) for name in ("stage0", "stage1", "stage2")}
+    table = mechanics.movement_table(points, scaling=2.0)
+    whole = table[table["layer"].isna() & table["module"].isna()].set_index("space")
+    dense = {name: torch.cat([(2.0 * b @ a).flatten() for a, b in point.values()]) for name, point in points.items()}
+    u, v = dense["stage1"] - dense["stage0"], dense["stage2"] - dense["stage1"]
+    assert whole.loc["weight", ["norm", "other_norm", "cosine"]].tolist() == pytest.approx(
+        [float(u.norm()), float(v.norm()), float(u @ v / u.norm() / v.norm())], rel=1e-9
+    )
+    layer = table[(table["space"] == "weight") & (table["layer"] == 1) & table["module"].isna()].iloc[0]
+    part = torch.cat(
+        [
+            (2.0 * (points["stage1"][p][1] @ points["stage1"][p][0] - points["stage0"][p][1] @ points["stage0"][p][0])).flatten()
+            for p in points["stage0"]
+            if "layers.1" in p
+        ]
+    )
+    assert layer["norm"] == pytest.approx(float(part.norm()), rel=1e-9)
+
+
+def test_only_raw_coordinates_depend_on_how_the_product_is_split():
+    rng = np.random.default_rng(1)
+    points = {name: lora(rng) for name in ("stage0", "stage1", "stage2")}
+    mix = torch.tensor(rng.normal(size=(3, 3)) + 3 * np.eye(3))
+    turned = {name: {path: (mix @ a, b @ torch.linalg.inv(mix)) for path, (a, b) in point.items()} for name, point in points.items()}
+    one, two = (mechanics.movement_table(p, scaling=1.0).set_index("space")[["norm", "other_norm", "cosine"]].astype(float) for p in (points, turned))
+    assert np.allclose(one.loc["weight"], two.loc["weight"], rtol=1e-8)
+    assert not np.allclose(one.loc["lora"], two.loc["lora"], rtol=1e-2)
+
+
+def test_an_edit_planted_in_one_matrix_is_found_there():
+    rng = np.random.default_rng(2)
+    start = lora(rng)
+    moved = {path: (a, b + torch.outer(torch.ones(5), torch.ones(3)) if path == "model.layers.1.up_proj" else b) for path, (a, b) in start.items()}
+    table = mechanics.movement_table({"stage0": start, "stage1": moved, "stage2": start}, scaling=1.0)
+    cells = table[(table["space"] == "weight") & table["layer"].notna() & table["module"].notna()]
+    found = cells[cells["norm"] > 1e-9]
+    assert found[["layer", "module"]].to_numpy().tolist() == [[1, "up_proj"]]
+    assert found["cosine"].iloc[0] == pytest.approx(-1.0)
+
+
+def conflict(cross: float, within: float, *, steps: int = 12, width: float = 0.02) -> pd.DataFrame:
+    noise = np.random.default_rng(0).normal(0, width, (2, steps))
+    noise -= noise.mean(axis=1, keepdims=True)
+    return pd.DataFrame({"cosine": cross + noise[0], "within_cosine": within + noise[1]})
+
+
+@pytest.mark.parametrize(
+    ("cross", "within", "verdict"),
+    [(-0.3, 0.3, "opposed"), (0.3, 0.3, "aligned"), (0.0, 0.3, "near-orthogonal"), (0.0, 0.0, "cannot be decided at this size")],
+)
+def test_near_orthogonal_needs_an_objective_that_agrees_with_itself(cross, within, verdict):
+    assert mechanics.conflict_verdict(conflict(cross, within))["verdict"] == verdict
+
+
+def test_two_measurements_decide_nothing():
+    assert mechanics.conflict_verdict(conflict(-0.9, 0.9, steps=2))["verdict"] == "cannot be decided at this size"
+    assert mechanics.conflict_verdict(conflict(0, 0).head(0))["cross"] == (None, None, None)
+
+
+def test_files_that_are_no_adapter_are_refused(tmp_path):
+    with pytest.raises(StudyError, match="run the training notebooks"):
+        mechanics.load_lora(tmp_path)
+    save_file({"model.q_proj.lora_A.weight": torch.ones(2, 2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(StudyError, match="not a LoRA adapter"):
+        mechanics.load_lora(tmp_path)

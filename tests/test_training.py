@@ -1,0 +1,253 @@
+"""DPO stages against TRL itself, the reference proof against every wrong reference, the measurement against brute force."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import pair_table, random_pairs
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from trl import DPOTrainer
+
+from seqdpo_utils import metrics, models, scoring, training
+from seqdpo_utils.paths import StudyError
+
+
+def rows_for(model, pairs, objective="helpful") -> tuple[Dataset, pd.DataFrame]:
+    scores = scoring.score_pairs(model, pair_table(len(pairs), objective=objective), pairs, checkpoint="base", token_budget=300)
+    return training.training_rows(pairs, scores), scores
+
+
+def adapter_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def stage1(root, tokenizer, parameters, tmp_path):
+    """A trained first stage: its folder, its pairs and the base records of both objectives."""
+    base = models.load_base(root, models.TINY, dtype="float32")
+    rows, scores = rows_for(base, random_pairs(16))
+    trainer = training.stage_trainer(base, tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+    trainer.train()
+    training.save_adapter(trainer, tmp_path / "stage1")
+    return tmp_path / "stage1", rows, scores
+
+
+def fresh(root):
+    return models.load_base(root, models.TINY, dtype="float32")
+
+
+def plain_trl(model, tokenizer, rows, parameters, tmp_path, **options) -> DPOTrainer:
+    """TRL's own trainer on the same token ids, its own head, reference computed by TRL unless told otherwise."""
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+    config = training.dpo_config(parameters, pairs=len(rows), output_dir=tmp_path)
+    config.precompute_ref_log_probs = False
+    return Tokenised(model, args=config, train_dataset=rows, processing_class=tokenizer, **options)
+
+
+@pytest.mark.parametrize("pairs_per_device", [1, 4])
+def test_the_loss_trajectory_and_the_weights_are_trls(root, tokenizer, parameters, tmp_path, pairs_per_device):
+    parameters = parameters | {"pairs_per_device": pairs_per_device}
+    rows, _ = rows_for(fresh(root), random_pairs(16))
+    ours = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+    theirs = plain_trl(fresh(root), tokenizer, rows, parameters, tmp_path, peft_config=models.lora_config(parameters))
+    ours.train(), theirs.train()
+    log = [[entry for entry in trainer.state.log_history if "loss" in entry] for trainer in (ours, theirs)]
+    for key in ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/rejected", "learning_rate"):
+        assert np.allclose([e[key] for e in log[0]], [e[key] for e in log[1]], rtol=1e-3, atol=1e-5), key
+    weights = adapter_of(theirs)
+    assert all(torch.allclose(p, weights[name], atol=2e-5) for name, p in adapter_of(ours).items())
+
+
+def test_the_loss_is_the_equation(root, tokenizer, parameters, tmp_path, stage1):
+    """-log sigmoid(beta * difference of log-ratios), from sums scored one sequence at a time."""
+    folder, rows, scores = stage1
+    trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path, stage=2, previous=folder)
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(range(4)))))
+    policy = [
+        {f"{side}_logp": scoring.sequence_logp(trainer.model, row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected")}
+        for row in rows.select(range(4))
+    ]
+    records = scores.head(4).drop(columns=["chosen_logp", "rejected_logp"]).join(pd.DataFrame(policy))
+    by_hand = metrics.dpo_loss(metrics.dpo_margin(records, scores, beta=parameters["beta"])).mean()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_swapping_chosen_and_rejected_flips_the_gradient_and_every_margin(root, tokenizer, parameters, tmp_path):
+    pairs = random_pairs(8)
+    swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    steps, margins = [], []
+    for version in (pairs, swapped):
+        rows, scores = rows_for(fresh(root), version)
+        trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(list(rows))))
+        gradient = torch.autograd.grad(loss, [p for n, p in trainer.model.named_parameters() if "lora_B" in n])
+        steps.append(torch.cat([g.flatten() for g in gradient]))
+        trainer.train()
+        after = scoring.score_pairs(trainer.model, pair_table(8), pairs, checkpoint="stage1", token_budget=300)
+        base = scores if version is pairs else scores.rename(columns={"chosen_logp": "rejected_logp", "rejected_logp": "chosen_logp"})
+        margins.append(metrics.dpo_margin(after, base, beta=parameters["beta"]))
+    assert torch.allclose(steps[0], -steps[1], atol=1e-5)
+    assert steps[0].norm() > 0
+    assert margins[0].mean() > 0.05 and margins[1].mean() < -0.05
+
+
+def test_a_later_stage_goes_on_with_the_adapter_and_counts_from_the_base(root, tokenizer, parameters, tmp_path, stage1):
+    folder, rows, scores = stage1
+    trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path, stage=2, previous=folder)
+    saved = load_file(folder / "adapter_model.safetensors")
+    loaded = {name.replace(".default", ""): p for name, p in adapter_of(trainer).items()}
+    assert saved.keys() == loaded.keys() and all(torch.equal(p, saved[name]) for name, p in loaded.items())
+    proof = training.prove_reference(trainer, scores)
+    assert len(proof) == 2 * training.REFERENCE_CHECKS
+    assert np.allclose(proof["adapter_off"], proof["cached_base"], rtol=1e-4)
+    trainer.train()
+    assert abs(training.history_table(trainer)["loss"].iloc[0] - np.log(2)) > 1e-3
+
+
+def test_trls_silent_copy_of_the_stage_1_adapter_is_caught(root, tokenizer, parameters, tmp_path, stage1):
+    folder, rows, scores = stage1
+    trained = PeftModel.from_pretrained(fresh(root), folder, is_trainable=True)
+    trainer = plain_trl(trained, tokenizer, rows, parameters, tmp_path)
+    assert "ref" in trainer.model.peft_config, "TRL no longer makes the copy: the trap has changed"
+    with pytest.raises(StudyError, match="trainer_reference .* not the base model, for example a copy of the previous stage's adapter"):
+        training.prove_reference(trainer, scores)
+
+
+def test_reference_sums_of_the_stage_1_policy_are_caught(root, tokenizer, parameters, tmp_path, stage1):
+    folder, _, scores = stage1
+    policy = PeftModel.from_pretrained(fresh(root), folder)
+    wrong, _ = rows_for(policy, random_pairs(16))
+    trainer = training.stage_trainer(fresh(root), tokenizer, wrong, parameters=parameters, output_dir=tmp_path, stage=2, previous=folder)
+    with pytest.raises(StudyError, match="wrong reference: .* trainer_reference"):
+        training.prove_reference(trainer, scores)
+
+
+def test_a_merged_adapter_is_caught(root, tokenizer, parameters, tmp_path, stage1):
+    folder, rows, scores = stage1
+    merged = PeftModel.from_pretrained(fresh(root), folder).merge_and_unload()
+    trainer = training.stage_trainer(merged, tokenizer, rows, parameters=parameters, output_dir=tmp_path, stage=2)
+    with pytest.raises(StudyError, match="a merged adapter changed the weights"):
+        training.prove_reference(trainer, scores)
+
+
+def test_a_stale_cache_is_caught(root, tokenizer, parameters, tmp_path):
+    pairs = random_pairs(8)
+    rows, scores = rows_for(fresh(root), pairs)
+    stale = scores.assign(chosen_logp=scores["chosen_logp"] + 0.5)
+    trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+    with pytest.raises(StudyError, match="cached base scores are stale"):
+        training.prove_reference(trainer, stale)
+    with pytest.raises(StudyError, match="other tokens"):
+        training.training_rows(pairs, scores.iloc[::-1])
+    with pytest.raises(StudyError, match="empty"):
+        training.training_rows([], scores.head(0))
+
+
+def test_nan_reference_sums_do_not_pass_the_proof(root, tokenizer, parameters, tmp_path):
+    rows, scores = rows_for(fresh(root), random_pairs(8))
+    trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+    with pytest.raises(StudyError, match="wrong reference"):
+        training.prove_reference(trainer, scores.assign(chosen_logp=float("nan")))
+
+
+def conflicted(root, tokenizer, parameters, folder, tmp_path, **changes):
+    now, _ = rows_for(fresh(root), random_pairs(16, seed=1), "harmless")
+    old, _ = rows_for(fresh(root), random_pairs(16))
+    options = {"stage": 2, "previous": folder, "earlier": {"helpful": old}, "output_dir": tmp_path}
+    return training.stage_trainer(fresh(root), tokenizer, now, parameters=parameters | changes, **options), now, old
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.3}, {"activation_checkpointing": True}, {"pairs_per_device": 2, "max_grad_norm": 0.01}])
+def test_measuring_changes_nothing(root, tokenizer, parameters, tmp_path, stage1, changes):
+    measured, _, _ = conflicted(root, tokenizer, parameters, stage1[0], tmp_path, conflict_every=1, conflict_pairs=4, **changes)
+    plain, _, _ = conflicted(root, tokenizer, parameters, stage1[0], tmp_path, conflict_every=0, **changes)
+    measured.train(), plain.train()
+    weights = adapter_of(plain)
+    assert all(torch.equal(p, weights[name]) for name, p in adapter_of(measured).items())
+    columns = ["loss", "grad_norm", "rewards/margins", "num_tokens"]
+    pd.testing.assert_frame_equal(training.history_table(measured)[columns], training.history_table(plain)[columns])
+    assert len(measured.conflict_table()) == 4 and plain.conflict_table().empty
+
+
+def flat_gradient(trainer, rows) -> torch.Tensor:
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    loss = trainer.compute_loss(trainer.model, batch)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer._adapter())]).double()
+
+
+def test_cosine_and_ledger_equal_brute_force(root, tokenizer, parameters, tmp_path, stage1):
+    """Gradients of whole batches by plain autograd, at weights copied before each step, against what was recorded."""
+    trainer, now, old = conflicted(root, tokenizer, parameters, stage1[0], tmp_path, conflict_every=1, conflict_pairs=4, max_grad_norm=0.05)
+    twin = copy.deepcopy(trainer.model)
+    drawn = training._half_batches(old, 2, list, seed=parameters["seed"])
+    trajectory, batches = [], []
+    step = trainer.training_step
+
+    def spy(model, inputs, *args):
+        batches.append(inputs["input_ids"])
+        if len(batches) % 4 == 1:
+            trajectory.append([p.detach().clone() for p in trainer._adapter()])
+        return step(model, inputs, *args)
+
+    trainer.training_step = spy
+    trainer.train()
+    trajectory.append([p.detach().clone() for p in trainer._adapter()])
+    table = trainer.conflict_table()
+    trainer.model = twin
+    parameters_of_twin = [p for p in twin.parameters() if p.requires_grad]
+    ids = {tuple(row["prompt_ids"]): row for row in now}
+    for k, row in enumerate(table.itertuples()):
+        for p, value in zip(parameters_of_twin, trajectory[k], strict=True):
+            p.data.copy_(value)
+        rows = [next(r for prompt, r in ids.items() if tuple(batch[0, : len(prompt)].tolist()) == prompt) for batch in batches[4 * k : 4 * k + 4]]
+        new, halves = flat_gradient(trainer, rows), next(drawn)
+        old_gradient = flat_gradient(trainer, [*halves[0], *halves[1]])
+        moved = torch.cat([(b - a).flatten() for a, b in zip(trajectory[k], trajectory[k + 1], strict=True)]).double()
+        assert row.cosine == pytest.approx(float(new @ old_gradient / new.norm() / old_gradient.norm()), abs=1e-5)
+        assert row.norm_new == pytest.approx(float(new.norm()), rel=1e-4)
+        assert row.ledger == pytest.approx(float(old_gradient @ moved), abs=1e-5)
+        assert row.within_cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(*(flat_gradient(trainer, h) for h in halves), dim=0)), abs=1e-5)
+
+
+def test_draws_follow_their_seed(root, tokenizer, parameters):
+    rows, _ = rows_for(fresh(root), random_pairs(16))
+    one, same, other = (next(training._half_batches(rows, 4, list, seed=s)) for s in (0, 0, 1))
+    assert one == same != other
+    assert not {tuple(r["prompt_ids"]) for r in one[0]} & {tuple(r["prompt_ids"]) for r in one[1]}
+    with pytest.raises(StudyError, match="conflict_pairs = 40 exceeds the 16"):
+        next(training._half_batches(rows, 20, list, seed=0))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(root, tokenizer, parameters, tmp_path):
+    rows, _ = rows_for(fresh(root), random_pairs(8))
+    trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+    next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).data.fill_(float("nan"))
+    with pytest.raises(StudyError, match=r"loss of stage 1 became nan at step 1\. Lower learning_rate"):
+        trainer.train()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(root, tokenizer, parameters, tmp_path, stage1):
+    folder, rows, _ = stage1
+    fewer = parameters | {"lora_targets": ["q_proj"]}
+    with pytest.raises(StudyError, match="does not fit the adapter"):
+        training.stage_trainer(fresh(root), tokenizer, rows, parameters=fewer, output_dir=tmp_path, stage=2, previous=folder)
+    with pytest.raises(StudyError, match="run the stage before"):
+        training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path, stage=2, previous=tmp_path / "nowhere")
+
+
+def test_seed_and_nothing_else_rules_the_run(root, tokenizer, parameters, tmp_path):
+    rows, _ = rows_for(fresh(root), random_pairs(16))
+    weights = []
+    for seed in (0, 0, 1):
+        trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters | {"seed": seed}, output_dir=tmp_path)
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in adapter_of(trainer).values()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
