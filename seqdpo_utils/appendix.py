@@ -134,6 +134,7 @@ def _index(pages: _Pages, results: Path, links: dict[str, list[tuple[str, str]]]
     parts = ["<h1>What becomes of a first preference when a second one is learned?</h1>"]
     parts += [f"<p>Scale <code>{html.escape(results.name)}</code>. Every page is one executed notebook; code is folded away and can be opened.</p>"]
     summary = dict.fromkeys(links.pop("summary", []))
+    parts += [_headline(pages, results)]
     claims = results / "summary" / "claims.parquet"
     if summary:
         parts += ["<h2>Read first</h2><ul>"] + [f'<li><a href="{name}">{html.escape(title)}</a></li>' for name, title in summary] + ["</ul>"]
@@ -147,9 +148,22 @@ def _index(pages: _Pages, results: Path, links: dict[str, list[tuple[str, str]]]
         ]
     for setting in dict.fromkeys(chain.partition("/")[0] for chain in links):
         parts.append(f"<h2>{html.escape(setting)}</h2>")
-        for chain, pages_of in links.items():
+        for chain, pages_of in sorted(links.items(), key=lambda item: item[0].count("/")):
             if chain.partition("/")[0] == setting:
                 name = chain.partition("/")[2].replace("-then-", ", then ").replace("/seed-", ", seed ") or "both orders"
                 items = " · ".join(f'<a href="{file}">{html.escape(title)}</a>' for file, title in pages_of)
                 parts.append(f"<p><strong>{html.escape(name)}</strong><br>{items}</p>")
     return "\n".join(parts)
+
+
+def _headline(pages: _Pages, results: Path) -> str:
+    """The first sentence and the first figure of notebook 07, the figure also as a file of its own."""
+    path = results / "summary" / "notebooks" / "07_across_settings.ipynb"
+    if not path.is_file():
+        return ""
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", []) if "data" in output]
+    sentence = next((output for output in outputs if "text/markdown" in output.data), None)
+    figure = next((output for output in outputs if "image/svg+xml" in output.data), None)
+    if figure is not None:
+        write_whole(results / "summary" / "first_objective.svg", lambda file: file.write_text(figure.data["image/svg+xml"], encoding="utf-8"))
+    return "".join(pages.output(output, 0) for output in (sentence, figure) if output is not None)

@@ -112,9 +112,9 @@ def prepare(parameters: dict[str, Any], tokenizer: Any) -> tuple[dict[str, pd.Da
         rows = load_rows(parameters["source"], layout=parameters["layout"], objective=objective, revision=parameters["revision"])
         table, counts = pairs_of(rows, layout=parameters["layout"], objective=objective)
         tables[objective], too_long = drop_too_long(table, encode_table(tokenizer, table), max_length=parameters["max_length"])
-        counts["longer than max_length"] += too_long
+        counts["longer than max_length"] = too_long
         ledger += [{"objective": objective, "what": "rows read", "rows": len(rows)}]
-        ledger += [{"objective": objective, "what": f"dropped: {reason}", "rows": n} for reason, n in sorted((+counts).items())]
+        ledger += [{"objective": objective, "what": f"dropped: {reason}", "rows": n} for reason, n in sorted(counts.items())]
     tables = assign_splits(tables, train_pairs=parameters["train_pairs"], eval_pairs=parameters["eval_pairs"])
     for objective, table in tables.items():
         ledger += [{"objective": objective, "what": f"pairs for {split}", "rows": int((table["split"] == split).sum())} for split in ("train", "eval")]

@@ -3,6 +3,7 @@
 Lists of tensors stand for one long vector, cut as the adapter's parameters are.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
         `space` ("lora", "weight"), `layer`, `module` (null for all), `norm`, `other_norm`, `cosine` (null when a move is zero).
     """
     names = list(checkpoints)
-    moves = {(x, y): {path: (*checkpoints[x][path], *checkpoints[y][path]) for path in checkpoints[x]} for x, y in zip(names, names[1:], strict=False)}
+    moves = {(x, y): {path: (*checkpoints[x][path], *checkpoints[y][path]) for path in checkpoints[x]} for x, y in itertools.pairwise(names)}
     rows = []
     for (move, parts), (other, other_parts) in ((u, v) for i, u in enumerate(moves.items()) for v in list(moves.items())[i + 1 :]):
         for space, inner, factor in (("lora", raw_inner, 1.0), ("weight", weight_inner, scaling**2)):

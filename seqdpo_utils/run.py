@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from seqdpo_utils import params
-from seqdpo_utils.paths import RunPaths, StudyError, project_root, read_json, read_table, write_json
+from seqdpo_utils.paths import RunPaths, StudyError, project_root, read_json, read_table, write_json, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
 QUIET = {
@@ -139,7 +139,7 @@ def _cause(error: Exception) -> str:
     if isinstance(error, PapermillExecutionError):
         return f"{error.ename}: {error.evalue}"
     if isinstance(error, DeadKernelError):
-        return "the kernel died, most often for want of memory: close other programs or lower token_budget and pairs_per_device"
+        return "the kernel died, most often for want of memory (close other programs, lower token_budget or pairs_per_device), else stopped from outside"
     return f"{type(error).__name__}: {error}"
 
 
@@ -190,23 +190,41 @@ def study(root: Path, *, scale: str, settings: list[str], seeds: list[int], word
         "--resources", f"gpu={gpu}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
         "--keep-going", "--quiet", "rules", "host", "--config", *(f"{key}={json.dumps(value)}" for key, value in config.items()),
     ]  # fmt: skip
-    began = time.monotonic()
+    began, clock = time.time(), time.monotonic()
     try:
         with FileLock(results / ".lock").acquire(timeout=0):
             subprocess.run([*command, "--unlock"], cwd=root, env=os.environ | QUIET, capture_output=True, check=False)
-            status = subprocess.run(command, cwd=root, env=os.environ | QUIET, check=False).returncode
+            status = _wait(subprocess.Popen(command, cwd=root, env=os.environ | QUIET))
     except Timeout:
         raise StudyError(f"a study at scale {scale!r} is already running in this folder. Wait for it or stop it.") from None
-    minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    failures = sorted(results.rglob("*.error.txt"))
-    if status:
-        print(f"\nThe study stopped after {minutes} min {seconds} s. `make study` with the same words goes on from here.")
-        for failure in failures:
-            cause = failure.read_text(encoding="utf-8").partition("\n")[0]
-            print(f"FAILED {failure.with_suffix('').with_suffix('.partial.ipynb').relative_to(root)}\n       {cause}")
-    else:
+    minutes, seconds = divmod(round(time.monotonic() - clock), 60)
+    if status == 0:
         print(f"\nThe study is complete after {minutes} min {seconds} s.\nOpen {results / 'appendix' / 'index.html'} in a browser.")
+        return 0
+    print(f"\nThe study stopped after {minutes} min {seconds} s. The same command goes on from here.")
+    for failure in sorted(file for file in results.rglob("*.error.txt") if file.stat().st_mtime >= began):
+        notebook = failure.with_name(failure.name.replace(".error.txt", ".partial.ipynb"))
+        print(f"FAILED {notebook.relative_to(root)}\n       {failure.read_text(encoding='utf-8').partition(chr(10))[0]}")
     return status
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Wait for Snakemake; an interrupt reaches it too, so give it the time to stop its notebooks."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        return 130
+
+
+def student_copies(root: Path) -> Path:
+    """Write the notebooks without their solution cells to `runs/students`; opened there, they run as they stand."""
+    folder = root / "runs" / "students"
+    for source in sorted((root / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(source, as_version=4)
+        notebook.cells = [cell for cell in notebook.cells if "solution" not in cell.metadata.get("tags", [])]
+        write_whole(folder / source.name, lambda file, content=notebook: nbformat.write(content, file))
+    return folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     model.add_argument("name")
     pages = commands.add_parser("appendix", help="render executed notebooks")
     pages.add_argument("--scale", default="classroom")
+    commands.add_parser("classroom", help="write copies of the notebooks without the solutions")
     options = parser.parse_args(argv)
     try:
         return _dispatch(options)
@@ -252,6 +271,8 @@ def _dispatch(options: argparse.Namespace) -> int:
         from seqdpo_utils.models import prepare_model
 
         print(f"base model ready: {prepare_model(root, options.name) or options.name}")
+    elif options.command == "classroom":
+        print(f"student copies: {student_copies(root)}")
     else:
         from seqdpo_utils.appendix import render_appendix
 

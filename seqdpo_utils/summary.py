@@ -1,5 +1,6 @@
 """Tables across chains: what notebook 07 compares. Everything is read from the chains' own files."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -182,6 +183,10 @@ def _claim_gradients(mechanics: pd.DataFrame) -> tuple[str, str, str]:
 
 def _claim_movement(mechanics: pd.DataFrame) -> tuple[str, str, str]:
     low, high = mechanics["movement_weight"].min(), mechanics["movement_weight"].max()
+    angles = [math.degrees(math.acos(value)) for value in (high, low)]
     figure = f"Cosine of the two stages' moves in weight space: {low:+.2f} to {high:+.2f}; in raw coordinates {mechanics['movement_raw'].min():+.2f} to {mechanics['movement_raw'].max():+.2f}."
-    side = "All chains go on in the direction of stage 1." if low > 0 else "All chains turn back." if high < 0 else "Both signs occur."
-    return "Adapter movements of the two stages are near-orthogonal.", figure, side
+    return (
+        "Adapter movements of the two stages are near-orthogonal.",
+        figure,
+        f"The angles between them are {angles[0]:.0f} to {angles[1]:.0f} degrees; 90 is orthogonal.",
+    )

@@ -13,7 +13,7 @@ def records(*logps: tuple[float, float], checkpoint: str = "base", objective: st
     names = [f"p{i}" for i in range(len(logps))]
     return pd.DataFrame({
         "pair_id": names, "prompt_id": names, "objective": objective, "split": "eval", "checkpoint": checkpoint, "chosen_logp": [w for w, _ in logps],
-        "rejected_logp": [l for _, l in logps], "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
+        "rejected_logp": [rejected for _, rejected in logps], "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
     })  # fmt: skip
 
 

@@ -11,8 +11,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 from seqdpo_utils import params, run
 from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json, write_whole
 
-SUMMARY = {"settings", "seeds"}
-
 
 def save(path, *sources, tag="parameters"):
     cells = [new_code_cell(source, metadata={"tags": [tag]} if i == 0 else {}) for i, source in enumerate(sources)]
@@ -37,7 +35,9 @@ def test_a_notebook_is_handed_only_what_it_declares(tmp_path):
 def test_defaults_of_every_notebook_are_the_classroom_values(root):
     """So that a notebook opened in JupyterLab does what the batch does."""
     flat = params.resolve(root, scale="classroom", setting="distributional_conflict")
-    flat |= {"stage": 2, "seeds": [0], "settings": sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))}
+    settings = sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))
+    orders = {name: params.orders_of(params.resolve(root, scale="classroom", setting=name)) for name in settings}
+    flat |= {"stage": 2, "seeds": [0], "orders": orders}
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
     assert len(notebooks) == 8
     for notebook in notebooks:
@@ -143,3 +143,14 @@ def test_paths_are_those_of_the_contract(tmp_path):
              paths.table("stage_matrix"): "tables/stage_matrix.parquet"}  # fmt: skip
     assert all(path == tmp_path / "smoke" / "s" / "a-then-b" / "seed-3" / name for path, name in names.items())
     assert paths.base_scores == tmp_path / "smoke" / "s" / "scores" / "base.parquet" and paths.data("a") == tmp_path / "smoke" / "s" / "data" / "a.parquet"
+
+
+def test_student_copies_lack_the_solutions_and_nothing_else(tmp_path, root):
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(root / "notebooks" / "05_pair_diagnostics.ipynb", tmp_path / "notebooks")
+    copy = run.student_copies(tmp_path) / "05_pair_diagnostics.ipynb"
+    tags = [
+        [tag for cell in nbformat.read(file, as_version=4).cells for tag in cell.metadata.get("tags", [])] for file in (root / "notebooks" / copy.name, copy)
+    ]
+    assert "solution" in tags[0]
+    assert [tag for tag in tags[0] if tag != "solution"] == tags[1]

@@ -94,7 +94,7 @@ def test_ultrafeedback_drops_and_counts(ratings, reason):
 @pytest.mark.parametrize("layout", sources.CONVERTERS)
 def test_a_missing_column_is_named(layout):
     objective = {"pku_saferlhf": "safe", "hh_rlhf": "helpful"}.get(layout, "helpfulness")
-    with pytest.raises(StudyError, match="needs a column .*the rows have text"):
+    with pytest.raises(StudyError, match=r"needs a column .*the rows have text"):
         sources.CONVERTERS[layout]([{"text": "x"}], objective)
 
 
@@ -124,7 +124,8 @@ def test_nowhere_broken_and_empty_sources_explain_themselves(tmp_path):
 )
 def test_real_rows_become_pairs_and_every_row_is_accounted_for(layout, file, objective, least):
     rows = sources.load_rows(str(REAL / file), layout=layout, objective=objective)
-    assert len(rows) == sum(1 for _ in gzip.open(REAL / file))
+    with gzip.open(REAL / file) as lines:
+        assert len(rows) == sum(1 for _ in lines)
     pairs, dropped = sources.CONVERTERS[layout](rows, objective)
     groups = len(rows) // 2 if layout == "helpsteer2" else len(rows)
     assert len(pairs) + sum(dropped.values()) == groups

@@ -117,7 +117,7 @@ def test_trls_silent_copy_of_the_stage_1_adapter_is_caught(root, tokenizer, para
     trained = PeftModel.from_pretrained(fresh(root), folder, is_trainable=True)
     trainer = plain_trl(trained, tokenizer, rows, parameters, tmp_path)
     assert "ref" in trainer.model.peft_config, "TRL no longer makes the copy: the trap has changed"
-    with pytest.raises(StudyError, match="trainer_reference .* not the base model, for example a copy of the previous stage's adapter"):
+    with pytest.raises(StudyError, match=r"trainer_reference .* not the base model, for example a copy of the previous stage's adapter"):
         training.prove_reference(trainer, scores)
 
 
@@ -126,7 +126,7 @@ def test_reference_sums_of_the_stage_1_policy_are_caught(root, tokenizer, parame
     policy = PeftModel.from_pretrained(fresh(root), folder)
     wrong, _ = rows_for(policy, random_pairs(16))
     trainer = training.stage_trainer(fresh(root), tokenizer, wrong, parameters=parameters, output_dir=tmp_path, stage=2, previous=folder)
-    with pytest.raises(StudyError, match="wrong reference: .* trainer_reference"):
+    with pytest.raises(StudyError, match=r"wrong reference: .* trainer_reference"):
         training.prove_reference(trainer, scores)
 
 
@@ -212,6 +212,7 @@ def test_cosine_and_ledger_equal_brute_force(root, tokenizer, parameters, tmp_pa
         old_gradient = flat_gradient(trainer, [*halves[0], *halves[1]])
         moved = torch.cat([(b - a).flatten() for a, b in zip(trajectory[k], trajectory[k + 1], strict=True)]).double()
         assert row.cosine == pytest.approx(float(new @ old_gradient / new.norm() / old_gradient.norm()), abs=1e-5)
+        assert row.loss_new == pytest.approx(training.history_table(trainer)["loss"][k], rel=1e-4)
         assert row.norm_new == pytest.approx(float(new.norm()), rel=1e-4)
         assert row.ledger == pytest.approx(float(old_gradient @ moved), abs=1e-5)
         assert row.within_cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(*(flat_gradient(trainer, h) for h in halves), dim=0)), abs=1e-5)
