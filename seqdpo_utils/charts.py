@@ -4,7 +4,6 @@ A stage and an objective keep their colour everywhere. Every chart carries a des
 """
 
 import base64
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,11 +111,11 @@ def token_lengths(lengths: pd.DataFrame, *, objectives: Sequence[str], caption: 
 
 
 def learning_curves(history: pd.DataFrame, *, stage: int, caption: str) -> alt.Chart:
-    """Loss, margin and the chosen and rejected log-probabilities by optimiser step, from the trainer's own log."""
+    """Loss, margin and what chosen and rejected answers gained over the base, by optimiser step, from the trainer's own log."""
     parts = {
         "loss (nats)": {"loss": "loss"},
         "margin": {"margin": "rewards/margins"},
-        "log-probability (nats)": {"chosen": "logps/chosen", "rejected": "logps/rejected"},
+        "β × log-probability gained": {"chosen": "rewards/chosen", "rejected": "rewards/rejected"},
     }
     colours = {"loss": STAGE_COLOURS[stage], "margin": STAGE_COLOURS[stage], "chosen": POSITIVE, "rejected": NEGATIVE}
     panels = []
@@ -134,20 +133,22 @@ def learning_curves(history: pd.DataFrame, *, stage: int, caption: str) -> alt.C
         panels.append(line.properties(width=205, height=170))
     return alt.hconcat(*panels).resolve_scale(color="independent").properties(
         title=_title(f"Does stage {stage} learn its objective?", caption),
-        description=f"Loss, margin and log-probabilities of chosen and rejected answers at each step of stage {stage}. {caption}",
+        description=f"Loss, margin and log-probability gained over the base by chosen and rejected answers at each step of stage {stage}. {caption}",
     )  # fmt: skip
 
 
 def conflict_over_steps(conflict: pd.DataFrame, *, caption: str) -> alt.Chart:
     """Cosine between new and old gradient beside the cosine of two halves of the old objective alone."""
-    names = {"cosine": "new against old objective", "within_cosine": "old objective against itself (two halves)"}
-    long = conflict.melt("step", list(names), var_name="kind", value_name="value").replace({"kind": names})
+    names = {"matched_cosine": "new against old objective", "within_cosine": "old objective against itself"}
+    keys = ["step", "stage", "previous_objective"]
+    long = conflict.melt(keys, list(names), var_name="kind", value_name="value").replace({"kind": names})
     scale = alt.Scale(domain=list(names.values()), range=[STAGE_COLOURS[2], GREY])
     points = alt.Chart(long).mark_line(point=alt.OverlayMarkDef(size=50)).encode(
         x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1), title="optimiser step of the later stage"),
         y=alt.Y("value:Q", scale=alt.Scale(domainMin=min(-0.3, conflict[list(names)].min().min()), domainMax=max(0.3, conflict[list(names)].max().max())),
                 title="cosine of gradients"),
         color=alt.Color("kind:N", scale=scale, title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
+        detail=["stage:N", "previous_objective:N"],
     )  # fmt: skip
     return (_zero("y") + points).properties(
         width=WIDTH, height=230, title=_title("Do the gradients oppose each other?", caption),
@@ -162,9 +163,7 @@ def stage_heat_map(matrix: pd.DataFrame, *, objectives: Sequence[str], caption: 
         x=alt.X("checkpoint:N", sort=None, title="checkpoint", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("objective:N", sort=list(objectives), title="held-out pairs of", axis=alt.Axis(labelLimit=200)),
     )
-    cells = base.mark_rect().encode(
-        color=alt.Color("margin:Q", scale=alt.Scale(range=[NEGATIVE, "white", POSITIVE], domain=[-bound, 0, bound]), title="margin")
-    )
+    cells = base.mark_rect().encode(color=alt.Color("margin:Q", scale=alt.Scale(scheme="redblue", domain=[-bound, bound], domainMid=0), title="margin"))
     dark = f"abs(datum.margin) > {0.6 * bound}"
     numbers = base.mark_text(fontSize=13).encode(text=alt.Text("margin:Q", format="+.2f"), color=alt.condition(dark, alt.value("white"), alt.value(INK)))
     return (cells + numbers).properties(
@@ -205,7 +204,7 @@ def pair_scatter(changes: pd.DataFrame, *, before: str, after: str, caption: str
 
 
 def quartile_changes(table: pd.DataFrame, *, caption: str) -> alt.Chart:
-    """Mean change by quartile with intervals, one panel a key. `table`: the contract's quartiles."""
+    """Mean change by quartile with intervals, one panel a key. `table`: from `metrics.quartiles`, with `key`."""
     base = alt.Chart(table).encode(x=alt.X("quartile:O", title="quartile of the key (1 lowest)", axis=alt.Axis(labelAngle=0)))
     bars = base.mark_rule(strokeWidth=2, color=STAGE_COLOURS[2]).encode(
         y=alt.Y("change_low:Q", title="change of policy margin (nats per token)"), y2="change_high:Q"
@@ -221,15 +220,17 @@ def quartile_changes(table: pd.DataFrame, *, caption: str) -> alt.Chart:
 
 
 def movement_map(movement: pd.DataFrame, *, caption: str) -> alt.Chart:
-    """Cosine of two consecutive moves by layer and module, in weight space, centred on zero."""
-    cells = movement[(movement["space"] == "weight") & movement["layer"].notna() & movement["module"].notna()]
+    """Cosine of the first move with the last, by layer and module, in weight space, centred on zero."""
+    first, last = movement["from_checkpoint"].iloc[0], movement["other_to"].iloc[-1]
+    kept = (movement["space"] == "weight") & (movement["from_checkpoint"] == first) & (movement["other_to"] == last)
+    cells = movement[kept & movement["layer"].notna() & movement["module"].notna()]
     cells = cells.assign(layer=cells["layer"].astype(int), cosine=cells["cosine"].astype(float))
     bound = max(cells["cosine"].abs().max(), 1e-9)
     order = [m for m in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if m in set(cells["module"])]
     return alt.Chart(cells[["layer", "module", "cosine"]]).mark_rect().encode(
         x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         y=alt.Y("module:N", sort=order or "ascending", title=None),
-        color=alt.Color("cosine:Q", scale=alt.Scale(range=[NEGATIVE, "white", POSITIVE], domain=[-bound, 0, bound]), title="cosine"),
+        color=alt.Color("cosine:Q", scale=alt.Scale(scheme="redblue", domain=[-bound, bound], domainMid=0), title="cosine"),
     ).properties(
         width=WIDTH, height=170, title=_title("Where does the later stage go on, and where does it turn back?", caption),
         description=f"Heat map of the cosine between the two stages' weight changes, by layer and module. {caption}",
@@ -238,12 +239,7 @@ def movement_map(movement: pd.DataFrame, *, caption: str) -> alt.Chart:
 
 def retention_overview(table: pd.DataFrame, *, caption: str) -> alt.Chart:
     """Margin of the first objective after stage 1 and after the last stage, for every setting, order and seed."""
-    settings = list(dict.fromkeys(table["setting"]))
-    rows = []
-    for setting, order in itertools.product(settings, dict.fromkeys(table["order"])):
-        part = table[(table["setting"] == setting) & (table["order"] == order)]
-        rows += part.to_dict("records")
-    data = pd.DataFrame(rows)
+    data = table.drop(columns=["order"])
     stages = list(dict.fromkeys(data["checkpoint"]))
     colour = alt.Color("checkpoint:N", scale=alt.Scale(domain=stages, range=STAGE_COLOURS[1 : 1 + len(stages)]), title="margin after")
     base = alt.Chart(data).encode(

@@ -105,7 +105,7 @@ def prepare(parameters: dict[str, Any], tokenizer: Any) -> tuple[dict[str, pd.Da
         tokenizer: the base model's.
 
     Returns:
-        Objective to its table (the contract's columns), and a table `objective`, `what`, `rows` of counts.
+        Objective to its table (`COLUMNS`), and a table `objective`, `what`, `rows` of counts.
     """
     tables, ledger = {}, []
     for objective in parameters["objectives"]:
@@ -131,7 +131,8 @@ def label_agreement(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """How often two objectives order the same two responses alike.
 
     Returns:
-        One row for each two objectives: `first`, `second`, `shared` (pairs of responses labelled by both), `agree` (share, null when none).
+        One row for each two objectives: `first`, `second`, `pairs` (of the objective with fewer), `shared` (pairs of responses that both
+        label), `agree` (share of the shared ones, null when none).
     """
     ordered = {
         objective: {(row.prompt_id, *sorted((row.chosen, row.rejected))): row.chosen for row in table.itertuples()} for objective, table in tables.items()
@@ -140,7 +141,8 @@ def label_agreement(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     for first, second in itertools.combinations(ordered, 2):
         shared = ordered[first].keys() & ordered[second].keys()
         agree = sum(ordered[first][key] == ordered[second][key] for key in shared)
-        rows.append({"first": first, "second": second, "shared": len(shared), "agree": agree / len(shared) if shared else None})
+        fewer = min(len(tables[first]), len(tables[second]))
+        rows.append({"first": first, "second": second, "pairs": fewer, "shared": len(shared), "agree": agree / len(shared) if shared else None})
     return pd.DataFrame(rows)
 
 

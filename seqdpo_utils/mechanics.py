@@ -18,8 +18,8 @@ from torch import Tensor
 from seqdpo_utils.paths import StudyError
 
 CONFLICT_COLUMNS = (
-    "step", "stage", "previous_objective", "loss_new", "loss_old", "norm_new", "norm_old", "dot", "cosine",
-    "within_cosine", "corrected_cosine", "ledger",
+    "step", "stage", "previous_objective", "loss_new", "loss_old", "norm_new", "norm_old", "dot", "cosine", "matched_cosine",
+    "within_cosine", "corrected_cosine", "cross_product", "within_new", "within_old", "ledger",
 )  # fmt: skip
 _LORA_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
@@ -37,21 +37,6 @@ def cosine(product: float, square_left: float, square_right: float) -> float | N
     return product / (square_left * square_right) ** 0.5
 
 
-def corrected_cosine(new_halves: tuple[Sequence[Tensor], Sequence[Tensor]] | None, old_halves: tuple[Sequence[Tensor], Sequence[Tensor]]) -> float | None:
-    """Cosine of the noise-free gradients, estimated from two independent halves of each batch.
-
-    The mean of the four cross products over the root of the two within products: the noise of different halves is
-    independent, so it drops out on average. None ("not estimable") without halves, or when a within product is not positive.
-    Not bounded by 1 in a finite sample.
-    """
-    if new_halves is None:
-        return None
-    (new_a, new_b), (old_a, old_b) = new_halves, old_halves
-    within_new, within_old = dot(new_a, new_b), dot(old_a, old_b)
-    cross = (dot(new_a, old_a) + dot(new_a, old_b) + dot(new_b, old_a) + dot(new_b, old_b)) / 4
-    return cosine(cross, within_new, within_old)
-
-
 def conflict_row(
     *,
     new: Sequence[Tensor],
@@ -66,19 +51,41 @@ def conflict_row(
         old_halves: gradients of the earlier objective on two disjoint halves of its batch; their mean is the whole.
 
     Returns:
-        `norm_new`, `norm_old`, `dot`, `cosine`, `within_cosine` (the halves of the earlier objective), `corrected_cosine`.
+        `norm_new`, `norm_old`, `dot`, `cosine` (whole against whole); `within_cosine` (the two halves of the earlier objective) and `matched_cosine`
+        (the new gradient against each half, averaged: the number to hold beside it, since noise shrinks both alike when a half has as many pairs as the new
+        batch); `cross_product`, `within_new`, `within_old` and from them `corrected_cosine`. None where undefined or not estimable.
     """
     old_a, old_b = old_halves
     old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]
     square_new, square_old, product = dot(new, new), dot(old, old), dot(new, old)
-    return {
+    matched = [cosine(dot(new, half), square_new, dot(half, half)) for half in old_halves]
+    row = {
         "norm_new": square_new**0.5,
         "norm_old": square_old**0.5,
         "dot": product,
         "cosine": cosine(product, square_new, square_old),
+        "matched_cosine": None if None in matched else sum(matched) / 2,
         "within_cosine": cosine(dot(old_a, old_b), dot(old_a, old_a), dot(old_b, old_b)),
-        "corrected_cosine": corrected_cosine(new_halves, old_halves),
+        "within_old": dot(old_a, old_b),
     }
+    if new_halves is None:
+        return row | {"cross_product": None, "within_new": None, "corrected_cosine": None}
+    new_a, new_b = new_halves
+    cross = (dot(new_a, old_a) + dot(new_a, old_b) + dot(new_b, old_a) + dot(new_b, old_b)) / 4
+    within_new = dot(new_a, new_b)
+    return row | {"cross_product": cross, "within_new": within_new, "corrected_cosine": cosine(cross, within_new, row["within_old"])}
+
+
+def pooled_corrected_cosine(conflict: pd.DataFrame) -> float | None:
+    """Cosine of the noise-free gradients, from sums over all measured steps.
+
+    The noise of different halves is independent, so it drops out of the products between them on average: the sum of the cross
+    products over the root of the two sums of within products. None ("not estimable") when a sum of within products is not
+    positive or the estimate is no cosine (beyond 1).
+    """
+    sums = conflict[["cross_product", "within_new", "within_old"]].dropna().astype(float).sum()
+    estimate = cosine(*sums)
+    return None if estimate is None or abs(estimate) > 1 else estimate
 
 
 def load_lora(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
@@ -129,7 +136,7 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
         scaling: alpha / r.
 
     Returns:
-        Rows of the contract: `from_checkpoint`, `to_checkpoint` (the move), `other_from`, `other_to` (what it is compared with),
+        One row a part of the adapter: `from_checkpoint`, `to_checkpoint` (the move), `other_from`, `other_to` (what it is compared with),
         `space` ("lora", "weight"), `layer`, `module` (null for all), `norm`, `other_norm`, `cosine` (null when a move is zero).
     """
     names = list(checkpoints)
@@ -153,27 +160,71 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
 def conflict_verdict(conflict: pd.DataFrame) -> dict[str, Any]:
     """What the measured cosines allow one to say, from t intervals over the measured steps.
 
+    The steps are those of one run and not independent, so the intervals are a guide. "opposed" and "aligned" need the interval of the matched cosine on
+    one side of zero; "near-orthogonal" needs it to cover zero while the earlier objective agrees with itself clearly more than with the new one.
+
     Returns:
-        `cross` and `within` (mean, low, high each), `steps`, and `verdict`: "opposed", "aligned", "near-orthogonal", or "cannot be
-        decided at this size" where the old objective does not even agree with itself.
+        `cross` (the matched cosine) and `within`: mean, low, high each, None where missing; `corrected`: the pooled estimate or None;
+        `steps`; and `verdict`: "opposed", "aligned", "near-orthogonal", "cannot be decided at this size" or "not measured".
     """
-    cross, within = (_t_interval(conflict[name].dropna().astype(float)) for name in ("cosine", "within_cosine"))
-    if cross[1] is None or within[1] is None:
+    columns = conflict[["matched_cosine", "within_cosine"]].astype(float).dropna()
+    cross, within = (_t_interval(columns[name]) for name in columns)
+    _, apart, _ = _t_interval(columns["within_cosine"] - columns["matched_cosine"])
+    if not len(conflict):
+        verdict = "not measured"
+    elif cross[1] is None or apart is None:
         verdict = "cannot be decided at this size"
     elif cross[2] < 0:
         verdict = "opposed"
     elif cross[1] > 0:
         verdict = "aligned"
     else:
-        verdict = "near-orthogonal" if within[1] > 0 else "cannot be decided at this size"
-    return {"cross": cross, "within": within, "steps": len(conflict), "verdict": verdict}
+        verdict = "near-orthogonal" if apart > 0 else "cannot be decided at this size"
+    corrected = pooled_corrected_cosine(conflict) if len(conflict) else None
+    return {"cross": cross, "within": within, "corrected": corrected, "steps": len(conflict), "verdict": verdict}
 
 
 def _t_interval(values: pd.Series) -> tuple[float | None, float | None, float | None]:
+    """Mean and 95 % t interval, which is cut at the bounds that a cosine has."""
     if len(values) < 3:
         return (float(values.mean()) if len(values) else None), None, None
     low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
-    return float(values.mean()), float(low), float(high)
+    return float(values.mean()), max(float(low), -1.0), min(float(high), 1.0)
+
+
+def shuffled_cosines(
+    checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, names: tuple[str, str, str], scaling: float, repeats: int, generator: torch.Generator
+) -> list[float]:
+    """Cosines in weight space when the second move keeps its sizes but not its direction.
+
+    The changes of every A and every B are shuffled within their matrix, so that norms stay and directions are random: what "orthogonal" looks like here.
+
+    Args:
+        checkpoints: as for `movement_table`.
+        names: start, end of the first move, end of the second move.
+        scaling: alpha / r.
+        repeats: how many shuffles.
+        generator: the only source of chance.
+    """
+    start, middle, end = (checkpoints[name] for name in names)
+
+    def shuffled(before: Tensor, after: Tensor) -> Tensor:
+        change = (after - before).flatten()
+        return before + change[torch.randperm(len(change), generator=generator)].reshape(before.shape)
+
+    cosines = []
+    for _ in range(repeats):
+        turned = {path: tuple(shuffled(x, y) for x, y in zip(middle[path], end[path], strict=True)) for path in middle}
+        table = movement_table({names[0]: start, names[1]: middle, names[2]: turned}, scaling=scaling)
+        cosines.append(float(whole_adapter(table).loc["weight", "cosine"]))
+    return cosines
+
+
+def whole_adapter(movement: pd.DataFrame, *, last: str | None = None) -> pd.DataFrame:
+    """Rows of `movement_table` for the adapter as a whole, by `space`: the first move against the one that ends at `last` (default: the last)."""
+    whole = movement[movement["layer"].isna() & movement["module"].isna()]
+    whole = whole[(whole["from_checkpoint"] == whole["from_checkpoint"].iloc[0]) & (whole["other_to"] == (last or whole["other_to"].iloc[-1]))]
+    return whole.set_index("space")
 
 
 def _groups(paths: Iterable[str]) -> list[tuple[tuple[int | None, str | None], list[str]]]:

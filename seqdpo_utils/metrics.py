@@ -11,6 +11,7 @@ import pandas as pd
 
 from seqdpo_utils.paths import StudyError
 
+UNDEFINED = "undefined: stage 1 did not learn"
 MEASURES = ("margin", "relative_accuracy", "policy_margin", "policy_accuracy")
 DELTA = 0.1
 """Half-width of the band of retention that counts as stable, fixed before any run was looked at."""
@@ -102,7 +103,7 @@ def stage_matrix(measures: pd.DataFrame, *, resamples: int, rng: np.random.Gener
         measures: from `pair_measures`.
 
     Returns:
-        The contract's `stage_matrix` table.
+        One row a checkpoint and objective: `n_pairs`, `n_prompts`, and each measure with `_low` and `_high`.
     """
     rows = []
     held_out = measures[measures["split"] == "eval"]
@@ -173,22 +174,31 @@ def _retention(means: np.ndarray, draws: np.ndarray, *, stage: int) -> dict:
     return {"value": (means[-1] - means[0]) / (means[stage] - means[0]), "low": low, "high": high, "note": ""}
 
 
-def outcome(low: float | None, high: float | None, *, delta: float = DELTA) -> str:
-    """Name what became of an objective from the interval of its retention, by the rule fixed before looking.
+def outcome(low: float | None, high: float | None, *, excess_churn_low: float | None = None, delta: float = DELTA) -> str:
+    """Name what became of an objective, by the rule fixed before looking.
 
-    Redistribution (stable in the mean, but more churn than two seeds of stage 1 show) needs several seeds; see `redistribution`.
+    Args:
+        low, high: interval of its retention, None where undefined.
+        excess_churn_low: lower bound of the churn of the later stages beyond the churn between two seeds of stage 1; None with one seed, and then
+            redistribution is not tested.
+        delta: half-width of the band that counts as stable.
     """
     if low is None or high is None or pd.isna(low) or pd.isna(high):
-        return "undefined: the stage did not learn"
+        return UNDEFINED
     if low > 1 + delta:
         return "positive transfer"
     if 1 - delta <= low and high <= 1 + delta:
-        return "stable"
+        return "redistribution" if excess_churn_low is not None and excess_churn_low > 0 else "stable"
     if low > 0 and high < 1 - delta:
         return "partial degradation"
-    if high < 0:
-        return "reversal"
-    return "undecided"
+    return "reversal" if high < 0 else "undecided"
+
+
+def gain_in_words(low: float, high: float) -> str:
+    """What the interval of a stage's own gain allows one to say."""
+    if low > 0:
+        return "was learned"
+    return "was not learned: its margin fell" if high < 0 else "was not shown to be learned (the interval of its gain covers zero)"
 
 
 def pair_change(measures: pd.DataFrame, objective: str, *, before: str, after: str) -> pd.DataFrame:
@@ -236,10 +246,21 @@ def quartiles(changes: pd.DataFrame, key: pd.Series, *, resamples: int, rng: np.
     return pd.DataFrame(rows)
 
 
-def chance_slope(before: pd.Series, after: pd.Series) -> float:
-    """Slope of change on the margin before it. Where it lies below zero, a high margin tended to fall.
+def highest_minus_lowest(changes: pd.DataFrame, key: pd.Series, *, resamples: int, rng: np.random.Generator) -> dict[str, float]:
+    """Mean change of the highest quartile by a key, of the lowest, and their difference with an interval.
 
-    Noise in `before` alone makes it negative (regression to the mean), so a negative slope is no evidence of forgetting by itself.
+    Args:
+        changes: `prompt_id` and `change`, one row a pair.
+        key: what to sort by, on the same index.
+
+    Returns:
+        `lowest`, `highest`, `difference`, `difference_low`, `difference_high`; each quartile is resampled by its own prompts.
     """
-    spread = float(before.var(ddof=0))
-    return float("nan") if spread == 0 else float(np.cov(before, after - before, ddof=0)[0, 1] / spread)
+    groups = np.array_split(np.argsort(key.to_numpy(), kind="stable"), 4)
+    means, draws = [], []
+    for members in (groups[0], groups[3]):
+        group = changes.iloc[members]
+        means.append(group["change"].mean())
+        draws.append(resampled_means(group[["change"]].to_numpy(), group["prompt_id"], resamples=resamples, rng=rng)[:, 0])
+    low, high = interval(draws[1] - draws[0])
+    return {"lowest": means[0], "highest": means[1], "difference": means[1] - means[0], "difference_low": low, "difference_high": high}

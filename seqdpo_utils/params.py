@@ -202,7 +202,7 @@ def from_notebook(root: Path, namespace: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         root: the project's folder.
-        namespace: the notebook's `globals()`; it must hold `scale`, `setting`, `order`, `seed`.
+        namespace: the notebook's `globals()`; it must hold `scale` and `setting`.
 
     Returns:
         Only the declared ones, so that a notebook cannot lean on a value that it does not show.

@@ -30,7 +30,7 @@ def project_root() -> Path:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Files of one chain (scale, setting, order, seed) under `root`, as the README lists them.
+    """Files of one chain (scale, setting, order, seed) under `root`.
 
     The names come from validated parameters (lower-case words), so that none can leave `root`.
     """
@@ -137,6 +137,28 @@ def read_scores(paths: RunPaths, *, stages: int) -> pd.DataFrame:
     """Per-pair records of the base and of every stage of a chain, one below the other."""
     files = [paths.base_scores, *(paths.scores(k) for k in range(1, stages + 1))]
     return pd.concat([read_table(file) for file in files], ignore_index=True)
+
+
+def check_trained(paths: RunPaths, *, stages: int, parameters: dict[str, Any]) -> None:
+    """Refuse adapters that were trained with other parameters than those at hand.
+
+    Args:
+        paths: the chain.
+        stages: how many stages to check, from the first.
+        parameters: those that the manifest also names are compared.
+
+    Raises:
+        StudyError: naming stage, parameter and both values.
+    """
+    for stage in range(1, stages + 1):
+        folder = paths.checkpoint(stage)
+        trained = read_json(folder / "manifest.json")["parameters"]
+        for key in sorted(trained.keys() & parameters.keys()):
+            if trained[key] != parameters[key]:
+                raise StudyError(
+                    f"{folder} was trained with {key} = {trained[key]!r}, here it is {parameters[key]!r}. "
+                    f"Delete {paths.chain_dir} and run `make study` again, or give the trial a seed of its own."
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:

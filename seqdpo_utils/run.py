@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from seqdpo_utils import params
-from seqdpo_utils.paths import RunPaths, StudyError, project_root, read_json, read_table, write_json, write_whole
+from seqdpo_utils.paths import RunPaths, StudyError, check_trained, project_root, read_json, read_table, write_json, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
 QUIET = {
@@ -147,6 +147,7 @@ def record_chain(paths: RunPaths, flat: dict[str, Any], *, root: Path) -> None:
     """Write `run.json`: parameters, versions, commit, fingerprints, counts, seconds per step, device and dtype."""
     stages = {k: read_json(paths.checkpoint(k) / "manifest.json") for k in range(1, len(flat["objectives"]) + 1)}
     preparation = read_json(paths.preparation)
+    check_trained(paths, stages=len(stages), parameters=flat)
     write_json(
         paths.run_json,
         {

@@ -135,7 +135,7 @@ def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, labe
         token_budget: positions in one forward pass.
         label: what the progress bar says.
     """
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = _bare(model)
     device = next(bare.parameters()).device
     sums: list[list[float]] = [[] for _ in rows]
     if rows and not agrees_with_plain_path(model, rows[0]):
@@ -155,17 +155,27 @@ def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, labe
 
 def agrees_with_plain_path(model: Any, row: PromptRow) -> bool:
     """Whether the shared-prompt pass gives the plain sums for one row, within the rounding of the model's dtype."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = _bare(model)
     device = next(bare.parameters()).device
     with torch.inference_mode():
         packed = pack_rows([row]).to(device)
         logps = completion_logps(bare, packed)
-    tolerance = 2e-2 if bare.dtype == torch.bfloat16 else 1e-4
+    tolerance = rounding(bare.dtype)
     for number, completion in enumerate(row.completions):
         plain = sequence_logp(model, row.prompt, completion)
         if abs(float(logps[packed.branch == number].double().sum()) - plain) > tolerance * max(1.0, abs(plain)):
             return False
     return True
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative difference of two sums of log-probabilities that rounding alone explains."""
+    return 2e-2 if dtype == torch.bfloat16 else 1e-4
+
+
+def _bare(model: Any) -> PreTrainedModel:
+    """The model under PEFT's wrapper, adapter layers included; a bare model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _batches(rows: Sequence[PromptRow], token_budget: int) -> Iterable[list[int]]:

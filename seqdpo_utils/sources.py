@@ -27,7 +27,7 @@ def load_rows(source: str, *, layout: str, objective: str, revision: str | None 
     """Read the rows that carry labels for `objective`, in the order of the source.
 
     Args:
-        source: "embedded", a local file or folder (json, jsonl, csv, parquet, also gzipped), or a hub id.
+        source: "embedded", a local file or folder (json, jsonl, parquet, also gzipped), or a hub id.
         layout: one of `params.LAYOUT_OBJECTIVES`.
         objective: for HH-RLHF it picks the folder, elsewhere all objectives share the rows.
         revision: commit of the hub data set.
@@ -40,6 +40,8 @@ def load_rows(source: str, *, layout: str, objective: str, revision: str | None 
 
     place = EMBEDDED / layout if source == "embedded" else Path(source)
     part = HH_FOLDERS[objective] if layout == "hh_rlhf" else None
+    if part and place.is_file() and place.parent.name != part:
+        raise StudyError(f"{place} is one file, but in layout hh_rlhf each objective has a folder: give the folder above {part}.")
     try:
         if source == "embedded" or place.exists():
             files = _data_files(place / part if part and place.is_dir() else place)

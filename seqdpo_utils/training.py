@@ -26,20 +26,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from seqdpo_utils.data import data_fingerprint, encode_table
 from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
-from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row
+from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
 from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json
-from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, records_of, sequence_logp
+from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, records_of, rounding, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""
+_SHAPING = (
+    "order", "seed", "base_model", "dtype", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "beta", "epochs",
+    "pairs_per_step", "pairs_per_device", "warmup_ratio", "max_grad_norm",
+)  # fmt: skip
 _NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 
@@ -100,7 +105,10 @@ def training_rows(encoded: Sequence[EncodedPair], base_scores: pd.DataFrame) -> 
 
 
 def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> DPOConfig:
-    """TRL's configuration for a stage of `pairs` pairs; each stage has a fresh optimiser and schedule."""
+    """TRL's configuration for a stage of `pairs` pairs; each stage has a fresh optimiser and schedule.
+
+    Warm-up steps are rounded down: the first of them has learning rate zero, which a stage of few steps cannot spare.
+    """
     on_cpu = compute_device().type == "cpu"
     steps = math.ceil(pairs / parameters["pairs_per_step"]) * parameters["epochs"]
     return DPOConfig(
@@ -111,7 +119,7 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
         per_device_train_batch_size=parameters["pairs_per_device"],
         gradient_accumulation_steps=parameters["pairs_per_step"] // parameters["pairs_per_device"],
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(parameters["warmup_ratio"] * steps),
+        warmup_steps=int(parameters["warmup_ratio"] * steps),
         max_grad_norm=parameters["max_grad_norm"],
         max_length=None,  # rows that do not fit were dropped and counted when the data was prepared
         activation_checkpointing=parameters["activation_checkpointing"],
@@ -197,7 +205,7 @@ class ConflictAwareDPOTrainer(DPOTrainer):
         before = [p.detach().clone() for p in adapter]
         for name, draws in self._draws.items():
             (loss_a, old_a), (loss_b, old_b) = (self._gradient_of(batch, adapter) for batch in next(draws))
-            old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]
+            old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]  # kept for the ledger, until the step was taken
             row = conflict_row(new=whole, new_halves=halves, old_halves=(old_a, old_b))
             row |= {"step": self.state.global_step + 1, "stage": self.stage, "previous_objective": name}
             row |= {"loss_new": loss_new, "loss_old": (loss_a + loss_b) / 2}
@@ -218,13 +226,12 @@ class ConflictAwareDPOTrainer(DPOTrainer):
     def finish_step(self) -> None:
         """Complete the records of this step with g_old . (weights after - weights before), the optimiser's actual step."""
         for row, old, before in self._pending:
-            moved = zip(old, self._adapter(), before, strict=True)
-            ledger = sum(float((g.double() * (p.detach() - b).double()).sum()) for g, p, b in moved)
-            self.conflict_records.append(row | {"ledger": ledger})
+            moved = [p.detach() - b for p, b in zip(self._adapter(), before, strict=True)]
+            self.conflict_records.append(row | {"ledger": dot(old, moved)})
         self._pending = []
 
     def conflict_table(self) -> pd.DataFrame:
-        """The contract's `conflict` table; empty, with its columns, when nothing was measured."""
+        """One row a measured step and earlier objective; empty, with its columns, when nothing was measured."""
         return pd.DataFrame(self.conflict_records, columns=list(CONFLICT_COLUMNS))
 
 
@@ -351,7 +358,7 @@ def stage_trainer(
         stage=stage,
         callbacks=[_Progress(f"stage {stage}")],
     )
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
     if previous is not None:
         load_adapter(trainer.model, previous)
     first = rows[0]
@@ -360,12 +367,6 @@ def stage_trainer(
     else:
         warnings.warn("the shared-prompt pass disagrees with the plain one for this model; training on padded rows", stacklevel=2)
     return trainer
-
-
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -410,7 +411,7 @@ def prove_reference(trainer: DPOTrainer, base_scores: pd.DataFrame) -> pd.DataFr
                 cached = float(base_scores[f"{side}_logp"].iloc[i])
                 checks.append({"completion": f"{side} {i}", "trainer_reference": used[i][k], "adapter_off": live, "cached_base": cached})
     table = pd.DataFrame(checks)
-    tolerance = 2e-2 if trainer.model.dtype == torch.bfloat16 else 1e-4
+    tolerance = rounding(trainer.model.dtype)
     for name, meaning in (
         ("cached_base", "the cached base scores are stale, or a merged adapter changed the weights under the adapter"),
         ("trainer_reference", "the reference is not the base model, for example a copy of the previous stage's adapter"),
@@ -440,11 +441,11 @@ def history_table(trainer: DPOTrainer) -> pd.DataFrame:
     return table.assign(seconds=progress.seconds)
 
 
-def save_adapter(trainer: DPOTrainer, folder: Path) -> dict[str, str]:
+def save_adapter(trainer: DPOTrainer, folder: Path, *, parameters: dict[str, Any]) -> dict[str, Any]:
     """Save the adapter as safetensors with a manifest; the folder appears whole or not at all.
 
     Returns:
-        The manifest: hash of the weights, device and dtype.
+        The manifest: hash of the weights, device and dtype, and those of the `parameters` that shaped the weights.
     """
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
@@ -453,6 +454,7 @@ def save_adapter(trainer: DPOTrainer, folder: Path) -> dict[str, str]:
         "adapter_sha256": hash_files([beside / "adapter_model.safetensors"]),
         "device": str(trainer.accelerator.device),
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "parameters": {key: parameters[key] for key in _SHAPING if key in parameters},
     }
     write_json(beside / "manifest.json", manifest)
     shutil.rmtree(folder, ignore_errors=True)

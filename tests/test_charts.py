@@ -26,11 +26,12 @@ def matrix() -> pd.DataFrame:
 
 
 def figures() -> dict[str, alt.TopLevelMixin]:
-    steps = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6], "rewards/margins": [0.0, 0.2], "logps/chosen": [-9.0, -8.0], "logps/rejected": [-9.0, -10.0]})
-    conflict = pd.DataFrame({"step": [1, 4], "cosine": [0.1, -0.1], "within_cosine": [0.0, None]})
+    steps = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6], "rewards/margins": [0.0, 0.2], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]})
+    conflict = pd.DataFrame({"step": [1, 4], "stage": 2, "previous_objective": "a", "matched_cosine": [0.1, -0.1], "within_cosine": [0.0, None]})
     changes = pd.DataFrame({"before": [0.1, -0.2], "after": [-0.1, -0.2], "reordered": ["lost", "same"]})
     quartiles = pd.DataFrame({"key": "base", "quartile": range(1, 5), "change": 0.1, "change_low": 0.0, "change_high": 0.2})
-    cells = pd.DataFrame({"space": "weight", "layer": pd.array([0, 1], "Int64"), "module": ["q_proj", "up_proj"], "cosine": [0.2, -0.2]})
+    moves = {"from_checkpoint": "stage0", "other_to": "stage2"}
+    cells = pd.DataFrame(moves | {"space": "weight", "layer": pd.array([0, 1], "Int64"), "module": ["q_proj", "up_proj"], "cosine": [0.2, -0.2]}, index=[0, 1])
     ends = matrix().query("checkpoint != 'base' and objective == 'a'").assign(label="s: a, then b", setting="s", order="a-then-b")
     lengths = pd.DataFrame({"objective": "a", "side": ["chosen", "rejected"], "tokens": [5, 9]})
     return {

@@ -57,6 +57,12 @@ def test_length_alone_does_not_give_the_preferred_answer_away_where_it_should_no
         assert 0.3 < longer < 0.75, f"{layout} {objective}: the chosen answer is longer in {longer:.0%}"
 
 
+def test_the_card_states_the_noise():
+    card = (compose.HERE / "DATACARD.md").read_text(encoding="utf-8")
+    for name in ("LABEL_NOISE", "RATING_NOISE", "MISSING_RATING"):
+        assert f"`{name}`, {getattr(compose, name):.0%}" in card
+
+
 def test_chance_rules_the_noise():
     import random
 

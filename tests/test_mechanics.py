@@ -25,19 +25,26 @@ def test_the_correction_recovers_a_planted_cosine_that_noise_hides(truth):
     size, noise = 20_000, 3.0
     one = rng.normal(size=size)
     two = truth * one + (1 - truth**2) ** 0.5 * rng.normal(size=size)
-    raw, corrected = [], []
+    rows = []
     for _ in range(40):
-        halves = [[torch.tensor(v + noise * rng.normal(size=size))] for v in (one, one, two, two)]
-        raw.append(mechanics.conflict_row(new=[halves[0][0] + halves[1][0]], new_halves=None, old_halves=(halves[2], halves[3]))["cosine"])
-        corrected.append(mechanics.corrected_cosine((halves[0], halves[1]), (halves[2], halves[3])))
-    assert np.mean(corrected) == pytest.approx(truth, abs=0.03)
-    assert abs(np.mean(raw)) < 0.5 * abs(truth) + 0.02
+        a, b, c, d = ([torch.tensor(v + noise * rng.normal(size=size))] for v in (one, one, two, two))
+        rows.append(mechanics.conflict_row(new=[a[0] + b[0]], new_halves=(a, b), old_halves=(c, d)))
+    table = pd.DataFrame(rows)
+    assert table["corrected_cosine"].mean() == pytest.approx(truth, abs=0.03)
+    assert mechanics.pooled_corrected_cosine(table) == pytest.approx(truth, abs=0.03)
+    assert abs(table["cosine"].mean()) < 0.5 * abs(truth) + 0.02
+    assert abs(table["matched_cosine"].mean()) < abs(table["cosine"].mean()) + 0.01
 
 
 def test_what_cannot_be_estimated_is_none():
-    against_itself = (vector(1.0, 0.0), vector(-1.0, 0.0))
-    assert mechanics.corrected_cosine((vector(1.0, 0.0), vector(1.0, 0.0)), against_itself) is None
-    assert mechanics.corrected_cosine(None, against_itself) is None
+    new, against_itself = (vector(1.0, 0.0), vector(1.0, 0.0)), (vector(1.0, 0.0), vector(-1.0, 0.0))
+    row = mechanics.conflict_row(new=vector(2.0, 0.0), new_halves=new, old_halves=against_itself)
+    assert row["corrected_cosine"] is None
+    assert row["cosine"] is None
+    assert (row["within_cosine"], row["matched_cosine"]) == (-1.0, 0.0)
+    assert mechanics.conflict_row(new=vector(2.0, 0.0), new_halves=None, old_halves=new)["corrected_cosine"] is None
+    beyond = pd.DataFrame({"cross_product": [5.0], "within_new": [1.0], "within_old": [1.0]})
+    assert mechanics.pooled_corrected_cosine(beyond) is None
 
 
 def lora(rng, *, modules=("layers.0.q_proj", "layers.1.q_proj", "layers.1.up_proj"), rank=3):
@@ -89,12 +96,19 @@ def test_an_edit_planted_in_one_matrix_is_found_there():
 def conflict(cross: float, within: float, *, steps: int = 12, width: float = 0.02) -> pd.DataFrame:
     noise = np.random.default_rng(0).normal(0, width, (2, steps))
     noise -= noise.mean(axis=1, keepdims=True)
-    return pd.DataFrame({"cosine": cross + noise[0], "within_cosine": within + noise[1]})
+    nothing = dict.fromkeys(("cross_product", "within_new", "within_old"), [None] * steps)
+    return pd.DataFrame({"matched_cosine": cross + noise[0], "within_cosine": within + noise[1]} | nothing)
 
 
 @pytest.mark.parametrize(
     ("cross", "within", "verdict"),
-    [(-0.3, 0.3, "opposed"), (0.3, 0.3, "aligned"), (0.0, 0.3, "near-orthogonal"), (0.0, 0.0, "cannot be decided at this size")],
+    [
+        (-0.3, 0.3, "opposed"),
+        (0.3, 0.3, "aligned"),
+        (0.0, 0.3, "near-orthogonal"),
+        (0.0, 0.0, "cannot be decided at this size"),
+        (0.0, -0.3, "cannot be decided at this size"),
+    ],
 )
 def test_near_orthogonal_needs_an_objective_that_agrees_with_itself(cross, within, verdict):
     assert mechanics.conflict_verdict(conflict(cross, within))["verdict"] == verdict
@@ -102,7 +116,26 @@ def test_near_orthogonal_needs_an_objective_that_agrees_with_itself(cross, withi
 
 def test_two_measurements_decide_nothing():
     assert mechanics.conflict_verdict(conflict(-0.9, 0.9, steps=2))["verdict"] == "cannot be decided at this size"
-    assert mechanics.conflict_verdict(conflict(0, 0).head(0))["cross"] == (None, None, None)
+    nothing = mechanics.conflict_verdict(conflict(0, 0).head(0))
+    assert nothing["cross"] == (None, None, None)
+    assert nothing["verdict"] == "not measured"
+
+
+def test_an_interval_of_cosines_stays_within_what_a_cosine_can_be():
+    low, high = mechanics.conflict_verdict(conflict(0.1, 0.0, steps=3, width=0.8))["cross"][1:]
+    assert low >= -1
+    assert high <= 1
+
+
+def test_shuffled_moves_are_orthogonal_and_keep_their_size():
+    rng = np.random.default_rng(3)
+    wide = {f"model.layers.{k}.q_proj": (torch.tensor(rng.normal(size=(4, 200))), torch.tensor(rng.normal(size=(100, 4)))) for k in range(6)}
+    points = {"stage0": wide, "stage1": {p: (a, 1.5 * b) for p, (a, b) in wide.items()}, "stage2": {p: (a, 2.0 * b) for p, (a, b) in wide.items()}}
+    assert float(mechanics.whole_adapter(mechanics.movement_table(points, scaling=2.0)).loc["weight", "cosine"]) == pytest.approx(1.0)
+    options = {"names": ("stage0", "stage1", "stage2"), "scaling": 2.0, "repeats": 4}
+    one, same, other = (mechanics.shuffled_cosines(points, generator=torch.Generator().manual_seed(s), **options) for s in (0, 0, 1))
+    assert one == same != other
+    assert max(map(abs, one)) < 0.2
 
 
 def test_files_that_are_no_adapter_are_refused(tmp_path):

@@ -103,13 +103,13 @@ def test_retention_of_what_was_not_learned_is_undefined_with_a_reason():
     table = metrics.transfer(chain((0, 0.01, 1.0), (0, 0, 1), spread=1.0), ["a", "b"], resamples=500, rng=RNG(0))
     row = table[table["quantity"] == "retention"].iloc[0]
     assert pd.isna(row["value"]) and "stage 1 did not learn" in row["note"]
-    assert metrics.outcome(row["low"], row["high"]).startswith("undefined")
+    assert metrics.outcome(row["low"], row["high"]) == metrics.UNDEFINED
 
 
 @pytest.mark.parametrize(
     ("low", "high", "name"),
     [(1.2, 1.5, "positive transfer"), (0.95, 1.05, "stable"), (0.2, 0.7, "partial degradation"), (-0.5, -0.1, "reversal"), (0.5, 1.2, "undecided"),
-     (-0.1, 0.4, "undecided"), (1.05, 1.3, "undecided"), (None, None, "undefined: the stage did not learn")],
+     (-0.1, 0.4, "undecided"), (1.05, 1.3, "undecided"), (None, None, metrics.UNDEFINED)],
 )  # fmt: skip
 def test_the_outcome_rule(low, high, name):
     assert metrics.outcome(low, high) == name
@@ -134,8 +134,26 @@ def test_quartiles_are_equal_groups_in_the_order_of_the_key():
         metrics.quartiles(changes.head(3), changes["change"].head(3), resamples=200, rng=RNG(0))
 
 
-def test_regression_to_the_mean_is_what_the_slope_shows_without_any_training():
-    truth, noise = RNG(0).normal(size=5000), RNG(1).normal(size=(2, 5000))
-    before, after = (pd.Series(truth + n) for n in noise)
-    assert metrics.chance_slope(before, after) == pytest.approx(-0.5, abs=0.05)
-    assert metrics.chance_slope(pd.Series(truth), after) == pytest.approx(0.0, abs=0.05)
+def test_highest_minus_lowest_by_hand_and_regression_to_the_mean_without_any_training():
+    changes = pd.DataFrame({"prompt_id": range(8), "change": np.arange(8.0)})
+    row = metrics.highest_minus_lowest(changes, changes["change"], resamples=300, rng=RNG(0))
+    assert (row["lowest"], row["highest"], row["difference"]) == (0.5, 6.5, 6.0)
+    assert row["difference_low"] <= 6.0 <= row["difference_high"]
+    truth, noise = RNG(0).normal(size=4000), RNG(1).normal(size=(3, 4000))
+    own, after, other = (pd.Series(truth + n) for n in noise)
+    drift = pd.DataFrame({"prompt_id": range(4000), "change": after - own})
+    assert metrics.highest_minus_lowest(drift, own, resamples=200, rng=RNG(0))["difference_high"] < -0.5
+    crossed = metrics.highest_minus_lowest(drift, other, resamples=200, rng=RNG(0))
+    assert crossed["difference_low"] < 0 < crossed["difference_high"]
+
+
+def test_stable_is_redistribution_when_more_pairs_changed_sides_than_two_seeds_explain():
+    assert metrics.outcome(0.95, 1.05, excess_churn_low=0.02) == "redistribution"
+    assert metrics.outcome(0.95, 1.05, excess_churn_low=-0.02) == "stable"
+    assert metrics.outcome(0.2, 0.7, excess_churn_low=0.5) == "partial degradation"
+
+
+def test_a_gain_has_three_readings():
+    assert metrics.gain_in_words(0.1, 0.2) == "was learned"
+    assert "fell" in metrics.gain_in_words(-0.2, -0.1)
+    assert "not shown" in metrics.gain_in_words(-0.1, 0.1)

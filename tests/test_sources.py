@@ -98,6 +98,12 @@ def test_a_missing_column_is_named(layout):
         sources.CONVERTERS[layout]([{"text": "x"}], objective)
 
 
+def test_one_file_cannot_be_both_objectives_of_hh(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"chosen": "a", "rejected": "b"}')
+    with pytest.raises(StudyError, match="each objective has a folder"):
+        sources.load_rows(str(tmp_path / "rows.jsonl"), layout="hh_rlhf", objective="helpful")
+
+
 def test_nowhere_broken_and_empty_sources_explain_themselves(tmp_path):
     place = {"layout": "pku_saferlhf", "objective": "safe"}
     with pytest.raises(StudyError, match="hub id that this machine can reach"):

@@ -1,6 +1,7 @@
 """DPO stages against TRL itself, the reference proof against every wrong reference, the measurement against brute force."""
 
 import copy
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from trl import DPOTrainer
 
 from seqdpo_utils import metrics, models, scoring, training
-from seqdpo_utils.paths import StudyError
+from seqdpo_utils.paths import RunPaths, StudyError, check_trained
 
 
 def rows_for(model, pairs, objective="helpful") -> tuple[Dataset, pd.DataFrame]:
@@ -32,7 +33,7 @@ def stage1(root, tokenizer, parameters, tmp_path):
     rows, scores = rows_for(base, random_pairs(16))
     trainer = training.stage_trainer(base, tokenizer, rows, parameters=parameters, output_dir=tmp_path)
     trainer.train()
-    training.save_adapter(trainer, tmp_path / "stage1")
+    training.save_adapter(trainer, tmp_path / "stage1", parameters=parameters)
     return tmp_path / "stage1", rows, scores
 
 
@@ -216,6 +217,14 @@ def test_cosine_and_ledger_equal_brute_force(root, tokenizer, parameters, tmp_pa
         assert row.norm_new == pytest.approx(float(new.norm()), rel=1e-4)
         assert row.ledger == pytest.approx(float(old_gradient @ moved), abs=1e-5)
         assert row.within_cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(*(flat_gradient(trainer, h) for h in halves), dim=0)), abs=1e-5)
+
+
+def test_adapters_of_other_parameters_are_refused(tmp_path, stage1, parameters):
+    paths = RunPaths(tmp_path, "smoke", "s", "a-then-b", 0)
+    shutil.copytree(stage1[0], paths.checkpoint(1))
+    check_trained(paths, stages=1, parameters=parameters | {"resamples": 7})
+    with pytest.raises(StudyError, match=r"stage1 was trained with beta = 0\.3, here it is 0\.1\. Delete .*seed-0 and run"):
+        check_trained(paths, stages=1, parameters={"beta": 0.1})
 
 
 def test_draws_follow_their_seed(root, tokenizer, parameters):
