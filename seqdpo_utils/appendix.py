@@ -19,19 +19,19 @@ _ID = re.compile(r'(?<=\sid=")([^"]+)(?=")')
 STYLE = """
 :root{--ink:#1c2529;--soft:#5b6b73;--line:#dde3e6;--page:#fff;--card:#f5f7f8;--accent:#1565c0}
 @media(prefers-color-scheme:dark){:root{--ink:#e6ebee;--soft:#9fb0b8;--line:#37444b;--page:#151b1e;--card:#1e272b;--accent:#82b1ff}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:54rem;padding:1.5rem;color:var(--ink);background:var(--page);font:16px/1.6 system-ui,"DejaVu Sans",sans-serif}
+*{box-sizing:border-box}body{margin:0 auto;max-width:66rem;padding:1.5rem;color:var(--ink);background:var(--page);font:16px/1.6 system-ui,"DejaVu Sans",sans-serif}
 a{color:var(--accent)}nav{font-size:.9rem;color:var(--soft);border-bottom:1px solid var(--line);padding-bottom:.6rem;margin-bottom:1.2rem}
 h1{line-height:1.2;margin:.5rem 0 1rem}h2{margin-top:2.4rem;border-bottom:1px solid var(--line);padding-bottom:.2rem}
 blockquote{margin:1rem 0;padding:.3rem 1rem;border-left:4px solid var(--accent);background:var(--card);font-size:1.05rem}
-table{border-collapse:collapse;font-size:.86rem;margin:1rem 0;display:block;overflow-x:auto;max-width:100%}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}th:first-child,td:first-child{text-align:left}
+table{border-collapse:collapse;font-size:.82rem;margin:1rem 0;display:block;overflow-x:auto;max-width:100%}
+th,td{padding:.25rem .45rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}th:first-child,td:first-child{text-align:left}
 .markdown table td,.markdown table th,.wide td,.wide th{text-align:left}
 pre,code{font:13px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}code{background:var(--card);padding:.1em .3em;border-radius:3px}
 pre{background:var(--card);padding:.8rem;border-radius:6px;overflow-x:auto;white-space:pre-wrap}pre code{padding:0}
 details.code{margin:.6rem 0}details.code>summary,details>summary{cursor:pointer;color:var(--soft);font-size:.85rem}
 .chart{background:#fff;border-radius:8px;padding:.6rem;margin:1rem 0;overflow-x:auto}.chart svg{max-width:100%;height:auto}
 .log{color:var(--soft);font-size:.8rem;max-height:12rem;overflow:auto}.error{border-left:4px solid #c62828}
-.anchor-link{display:none}table,th,td,tr{border-left:0;border-right:0;border-top:0}
+.anchor-link{display:none}.markdown{max-width:50rem}table,th,td,tr{border-left:0;border-right:0;border-top:0}
 .label{background:#fff3e0;color:#5d3a00;padding:.5rem .9rem;border-radius:6px;display:inline-block}
 """
 

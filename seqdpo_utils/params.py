@@ -66,8 +66,6 @@ class Scale(_Checked):
             raise ValueError(f"pairs_per_step = {self.pairs_per_step} must be a multiple of pairs_per_device = {self.pairs_per_device}")
         if self.conflict_pairs % 2:
             raise ValueError(f"conflict_pairs = {self.conflict_pairs} must be even: it is split into two halves")
-        if self.pairs_per_step > self.train_pairs:
-            raise ValueError(f"pairs_per_step = {self.pairs_per_step} exceeds train_pairs = {self.train_pairs}")
         return self
 
 
@@ -192,8 +190,7 @@ def resolve(root: Path, *, scale: str, setting: str, order: str | None = None, s
     order = order or orders_of(flat)[0]
     if sorted(order.split("-then-")) != sorted(flat["objectives"]):
         raise StudyError(f"order {order!r} does not hold the objectives of {setting}: {', '.join(flat['objectives'])}.")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise StudyError(f"seed {seed!r} is not a whole number of 0 or more.")
+    _check_seed(seed)
     return flat | {"scale": scale, "setting": setting, "order": order, "seed": seed}
 
 
@@ -212,5 +209,14 @@ def from_notebook(root: Path, namespace: dict[str, Any]) -> dict[str, Any]:
     """
     mine = {key: namespace[key] for key in (*Scale.model_fields, *Setting.model_fields) if key in namespace}
     chain = {key: namespace[key] for key in ("scale", "setting", "order", "seed") if key in namespace}
-    flat = resolve(root, **chain, overrides=mine)
-    return {key: flat[key] for key in (*mine, *chain)}
+    checked = load_yaml(root / "params" / "scales" / f"{check_word(chain['scale'], 'scale')}.yaml", Scale, mine)
+    checked |= load_yaml(root / "params" / "settings" / f"{check_word(chain['setting'], 'setting')}.yaml", Setting, mine)
+    for objective in chain.get("order", "any").split("-then-"):
+        check_word(objective, "objective")
+    _check_seed(chain.get("seed", 0))
+    return {key: checked[key] for key in mine} | chain
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise StudyError(f"seed {seed!r} is not a whole number of 0 or more.")

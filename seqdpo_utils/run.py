@@ -189,7 +189,7 @@ def study(root: Path, *, scale: str, settings: list[str], seeds: list[int], word
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root), "--cores", str(cores),
         "--resources", f"gpu={gpu}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
-        "--keep-going", "--quiet", "rules", "host", "--config", *(f"{key}={json.dumps(value)}" for key, value in config.items()),
+        "--keep-going", "--quiet", "rules", "host", "--configfile", str(write_json(results / ".study.json", config)),
     ]  # fmt: skip
     began, clock = time.time(), time.monotonic()
     try:

@@ -177,10 +177,12 @@ def test_one_failing_setting_does_not_stop_another_and_is_named_last(copy, study
     file = copy / "params" / "settings" / "compatible_quality.yaml"
     whole = file.read_text()
     file.write_text(whole.replace("source: embedded ", "source: no/such-data-set "))
-    done = run_study(copy, "--settings", "compatible_quality", "safety_signal", "--seeds", "1")
+    done = run_study(copy, "--settings", "compatible_quality", "safety_signal", "--seeds", "1", "--set", "resamples=150", "lora_targets=[q_proj, v_proj]")
     file.write_text(whole)
     assert done.returncode != 0
-    assert (study / "safety_signal" / "helpful-then-safe" / "seed-1" / "run.json").is_file()
+    run = json.loads((study / "safety_signal" / "helpful-then-safe" / "seed-1" / "run.json").read_text())
+    assert run["parameters"]["resamples"] == 150
+    assert run["parameters"]["lora_targets"] == ["q_proj", "v_proj"]
     last = done.stdout[done.stdout.index("The study stopped") :]
     assert "FAILED runs/smoke/compatible_quality/notebooks/01_data_preparation.partial.ipynb" in last
     assert "no/such-data-set" in last and "FAILED runs/smoke/safety_signal" not in last

@@ -81,8 +81,11 @@ def test_command_line_words():
 def test_a_notebook_gets_what_it_declares_and_no_more(root):
     namespace = {"scale": "smoke", "setting": "safety_signal", "beta": 0.5, "unrelated": 1}
     assert params.from_notebook(root, namespace) == {"scale": "smoke", "setting": "safety_signal", "beta": 0.5}
-    with pytest.raises(StudyError, match="beta"):
-        params.from_notebook(root, namespace | {"beta": 0.0})
+    for wrong in ({"beta": 0.0}, {"order": "helpful-then-../x"}, {"seed": -1}, {"scale": "../x"}):
+        with pytest.raises(StudyError, match=str(next(iter(wrong))).replace("order", "objective")):
+            params.from_notebook(root, namespace | wrong)
+    three = namespace | {"order": "helpful-then-safe-then-other"}
+    assert params.from_notebook(root, three)["order"] == three["order"], "objectives may come from the command line, which 01 has checked"
 
 
 def test_every_shipped_file_is_valid(root):
