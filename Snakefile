@@ -21,7 +21,6 @@ wildcard_constraints:
     setting="|".join(SETTINGS),
     order="[a-z0-9_]+(-then-[a-z0-9_]+)+",
     seed="[0-9]+",
-    stage="[1-9][0-9]*",
 
 
 def source(number):
@@ -42,11 +41,11 @@ def given(number, wildcards=None, **more):
     return json.dumps(run.notebook_parameters(ROOT / source(number), flat | chain | more), sort_keys=True)
 
 
-def chains(pattern):
+def chains(pattern, settings=SETTINGS):
     """`pattern` for every setting, order and seed of the study."""
     return [
         pattern.format(setting=setting, order=order, seed=seed)
-        for setting in SETTINGS for order in params.orders_of(FLAT[setting]) for seed in SEEDS
+        for setting in settings for order in params.orders_of(FLAT[setting]) for seed in SEEDS
     ]  # fmt: skip
 
 
@@ -178,13 +177,19 @@ rule across_settings:
     shell: NOTEBOOK
 
 
+def later_pages():
+    """Pages of notebook 03 for every later stage of every chain."""
+    stages = {setting: range(2, len(FLAT[setting]["objectives"]) + 1) for setting in SETTINGS}
+    return [page for setting in SETTINGS for k in stages[setting] for page in chains(f"{CHAIN}/notebooks/03_later_stage-{k}.ipynb", [setting])]
+
+
+PER_CHAIN = (rules.first_stage, rules.evaluation, rules.pair_diagnostics, rules.mechanistic_diagnostics)
 PAGES = [
     rules.read_me_first.output.page,
     rules.across_settings.output.page,
     *expand(rules.data_preparation.output.page, setting=SETTINGS),
-    *(page for rule in (rules.first_stage, rules.evaluation, rules.pair_diagnostics, rules.mechanistic_diagnostics) for page in chains(rule.output.page)),
-    *(chains(CHAIN + f"/notebooks/03_later_stage-{k}.ipynb")[i] for i, objectives in enumerate(
-        FLAT[setting]["objectives"] for setting in SETTINGS for _ in (0, 1) for _ in SEEDS) for k in range(2, len(objectives) + 1)),
+    *(page for each in PER_CHAIN for page in chains(each.output.page)),
+    *later_pages(),
 ]
 
 

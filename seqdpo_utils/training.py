@@ -198,8 +198,10 @@ class ConflictAwareDPOTrainer(DPOTrainer):
     def _measure(self) -> None:
         adapter = self._adapter()
         whole = [p.grad.detach() for p in adapter]
-        # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after it
-        halves = None if self._first_half is None else (self._first_half, [w - a for w, a in zip(whole, self._first_half, strict=True)])
+        # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after it (a short last batch has none)
+        halves = None
+        if self._first_half is not None and self._micro_batches == self.args.gradient_accumulation_steps:
+            halves = (self._first_half, [w - a for w, a in zip(whole, self._first_half, strict=True)])
         loss_new, self._loss_new = self._loss_new, 0.0
         self._first_half, self._micro_batches = None, 0
         before = [p.detach().clone() for p in adapter]
