@@ -8,9 +8,16 @@ Every branch starts with its own copy of the prompt's last token, which predicts
 own last token, which predicts nothing that is scored. Positions restart after the prompt, and a mask hides the branches from
 each other, so each branch sees exactly what it would see alone. Logits are computed where a completion token is
 predicted and nowhere else.
+
+The mask and the positions are arguments that causal models of transformers take, so nothing inside a model is touched. A cache of
+the prompt's keys and values would do as well, but costs a second pass for every prompt. The beginning that all prompts of a
+scoring share (the template's system message) is the one thing kept in such a cache. A model that does not honour the mask is
+found out before the first sum is believed (`trusted_pass`).
 """
 
-import warnings
+import copy
+import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +25,17 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from seqdpo_utils.encoding import EncodedPair
-from seqdpo_utils.paths import StudyError
+
+logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 1024
 """Positions whose logits exist at one time: HEAD_ROWS x vocabulary numbers."""
+CHECKED_ROWS = 2
+"""Prompts that are also scored the plain way before the fast pass is believed."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,9 @@ class PromptRow:
 class PackedRows:
     """Tensors for one forward pass over B rows of at most L tokens, with N scored tokens in all.
 
-    `ids` and `positions` are (B, L); `mask` is (B, 1, L, L), true where a query may look; `source` (N) are the flat
-    positions whose logits predict `target` (N); `branch` (N) numbers the completion that a target belongs to.
+    `ids` and `positions` are (B, L); `mask` is (B, 1, L, P + L), true where a query may look, P tokens of every prompt being
+    in a cache; `source` (N) are the flat positions whose logits predict `target` (N); `branch` (N) numbers the
+    completion that a target belongs to.
     """
 
     ids: Tensor
@@ -61,20 +71,24 @@ class PackedRows:
         return PackedRows(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def pack_rows(rows: Sequence[PromptRow]) -> PackedRows:
+def pack_rows(rows: Sequence[PromptRow], *, cached: int = 0) -> PackedRows:
     """Lay prompts and completions out as the module's text says.
 
     Completions are numbered through all rows, in order. Pads are ordinary tokens that see the prompt and
     themselves, so that no query is left without a key; nothing reads them.
+
+    Args:
+        rows: prompts with their completions.
+        cached: so many first tokens of every prompt are left out; a cache holds them.
     """
-    length = max(row.tokens for row in rows)
+    length = max(row.tokens for row in rows) - cached
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions, segment = torch.zeros_like(ids), torch.full_like(ids, -1)
     source, target, branch = [], [], []
     number = 0
     for i, row in enumerate(rows):
         shared = len(row.prompt) - 1
-        flat, where, part = row.prompt[:-1], list(range(shared)), [0] * shared
+        flat, where, part = row.prompt[cached:-1], list(range(cached, shared)), [0] * (shared - cached)
         for k, completion in enumerate(row.completions, start=1):
             source.extend(range(i * length + len(flat), i * length + len(flat) + len(completion)))
             target.extend(completion)
@@ -88,84 +102,129 @@ def pack_rows(rows: Sequence[PromptRow]) -> PackedRows:
         segment[i, : len(flat)] = torch.tensor(part)
     key, query = segment[:, None, None, :], segment[:, None, :, None]
     mask = ((key == 0) | (key == query)) & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.cat([torch.ones(len(rows), 1, length, cached, dtype=torch.bool), mask], dim=3)
     return PackedRows(ids, positions, mask, torch.tensor(source), torch.tensor(target), torch.tensor(branch))
 
 
-def completion_logps(model: PreTrainedModel, packed: PackedRows) -> Tensor:
-    """Log-probability of every scored token, shape (N), differentiable.
+def completion_logps(model: PreTrainedModel, packed: PackedRows, *, cache: DynamicCache | None = None) -> Tensor:
+    """Log-probability of every scored token, shape (N), differentiable with respect to everything but the output head.
 
     Args:
         model: a causal language model of transformers (not its PEFT wrapper) that takes a 4-D mask and position ids.
         packed: on the model's device.
+        cache: keys and values of the tokens that `packed` leaves out; it grows by this pass.
     """
     backbone, head = model.base_model, model.get_output_embeddings()
-    hidden = backbone(input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False).last_hidden_state
-    hidden = hidden.reshape(-1, hidden.shape[-1])[packed.source]
-    pieces = zip(hidden.split(HEAD_ROWS), packed.target.split(HEAD_ROWS), strict=True)
-    if len(hidden) > HEAD_ROWS and torch.is_grad_enabled():
-        return torch.cat([checkpoint(_head_logps, head, h, t, use_reentrant=False) for h, t in pieces])
-    return torch.cat([_head_logps(head, h, t) for h, t in pieces])
+    inputs = {"input_ids": packed.ids, "attention_mask": packed.mask, "position_ids": packed.positions}
+    hidden = backbone(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    return _HeadLogps.apply(hidden.reshape(-1, hidden.shape[-1])[packed.source], head, packed.target)
 
 
-def _head_logps(head: torch.nn.Module, hidden: Tensor, target: Tensor) -> Tensor:
-    # gather minus logsumexp: log_softmax over a large vocabulary loses digits on a CPU
-    logits = head(hidden).float()
-    return logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+class _HeadLogps(torch.autograd.Function):
+    """log softmax(head(h))[target] by pieces of HEAD_ROWS rows; no more logits than that exist, in either direction.
+
+    The gradient of row i is g_i (W[t_i] - p_i W), p_i being the softmax: all but the factor g_i is known in the forward pass, so it is computed there
+    and the logits are gone before the backward pass begins. The head is frozen, as LoRA leaves it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: torch.nn.Module, target: Tensor) -> Tensor:
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), HEAD_ROWS):
+            rows = slice(start, start + HEAD_ROWS)
+            logits = head(hidden[rows]).float()
+            # gather minus logsumexp: log_softmax over a large vocabulary loses digits on a CPU
+            normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+            logps[rows] = (logits.gather(1, target[rows, None]) - normaliser)[:, 0]
+            if directions is not None:
+                softmax = logits.sub_(normaliser).exp_().to(head.weight.dtype)
+                directions[rows] = (head.weight[target[rows]] - softmax @ head.weight).to(hidden.dtype)
+        ctx.save_for_backward(directions)
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (directions,) = ctx.saved_tensors
+        return gradient[:, None].to(directions.dtype) * directions, None, None
 
 
 def sequence_logp(model: Any, prompt: list[int], completion: list[int]) -> float:
     """The plain way: one unpadded sequence, all logits, one sum in nats. Slow; what everything else is checked against."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([[*prompt, *completion]], device=device)
+    return padded_sums(model, [PromptRow(prompt, [completion])])[0].item()
+
+
+def padded_sums(model: Any, rows: Sequence[PromptRow]) -> Tensor:
+    """Sums of rows with one completion each, the way that suits every causal model: padded on the right, all logits, no mask.
+
+    A causal model's token does not see what stands after it, so the pads change nothing.
+    """
+    sequences = [torch.tensor([*row.prompt, *row.completions[0]]) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(next(model.parameters()).device)
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double()
-    target = ids[0, len(prompt) :]
-    return float((logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, dim=1)).sum())
+        logits = model(input_ids=ids, use_cache=False).logits
+    sums = []
+    for i, row in enumerate(rows):
+        first, last = len(row.prompt), len(sequences[i])
+        here = logits[i, first - 1 : last - 1].double()
+        sums.append((here.gather(1, ids[i, first:last, None])[:, 0] - torch.logsumexp(here, dim=1)).sum())
+    return torch.stack(sums)
 
 
-def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, label: str = "scoring") -> list[list[float]]:
-    """Sums of log-probabilities of every completion, in nats, in the order of `rows`.
-
-    Rows of like length share a batch of at most `token_budget` tokens, pads included. The first row is also
-    scored the plain way; where the two disagree (a model that does not honour the mask), all rows are, with a warning.
+def shared_sums(model: PreTrainedModel, rows: Sequence[PromptRow], *, prefix: DynamicCache | None = None) -> Tensor:
+    """Sums of all completions of all rows, in order (float64), each prompt computed once.
 
     Args:
-        model: a causal language model, bare or under PEFT with the adapter in the state to be scored.
+        model: bare, not its PEFT wrapper.
         rows: prompts with their completions.
-        token_budget: positions in one forward pass.
-        label: what the progress bar says.
+        prefix: keys and values of the tokens with which every prompt begins, from `prefix_cache`.
     """
-    bare = _bare(model)
-    device = next(bare.parameters()).device
-    sums: list[list[float]] = [[] for _ in rows]
-    if rows and not agrees_with_plain_path(model, rows[0]):
-        warnings.warn("the shared-prompt pass disagrees with plain scoring for this model; scoring one sequence at a time", stacklevel=2)
-        return [[sequence_logp(model, row.prompt, c) for c in row.completions] for row in tqdm(rows, desc=label, mininterval=5)]
-    with torch.inference_mode(), tqdm(total=sum(row.tokens for row in rows), desc=label, unit="token", mininterval=5) as bar:
-        for batch in _batches(rows, token_budget):
-            packed = pack_rows([rows[i] for i in batch]).to(device)
-            logps = completion_logps(bare, packed).double()
-            branches = sum(len(rows[i].completions) for i in batch)
-            totals = iter(logps.new_zeros(branches).index_add_(0, packed.branch, logps).tolist())
-            for i in batch:
-                sums[i] = [next(totals) for _ in rows[i].completions]
-                bar.update(rows[i].tokens)
-    return sums
-
-
-def agrees_with_plain_path(model: Any, row: PromptRow) -> bool:
-    """Whether the shared-prompt pass gives the plain sums for one row, within the rounding of the model's dtype."""
-    bare = _bare(model)
-    device = next(bare.parameters()).device
+    cached = prefix.get_seq_length() if prefix is not None else 0
+    packed = pack_rows(rows, cached=cached).to(next(model.parameters()).device)
+    cache = copy.deepcopy(prefix)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(rows))
     with torch.inference_mode():
-        packed = pack_rows([row]).to(device)
-        logps = completion_logps(bare, packed)
-    tolerance = rounding(bare.dtype)
-    for number, completion in enumerate(row.completions):
-        plain = sequence_logp(model, row.prompt, completion)
-        if abs(float(logps[packed.branch == number].double().sum()) - plain) > tolerance * max(1.0, abs(plain)):
-            return False
-    return True
+        logps = completion_logps(model, packed, cache=cache).double()
+    return logps.new_zeros(sum(len(row.completions) for row in rows)).index_add_(0, packed.branch, logps)
+
+
+def prefix_cache(model: PreTrainedModel, rows: Sequence[PromptRow]) -> DynamicCache | None:
+    """Keys and values of the tokens with which every prompt begins, a prompt's last token left out; None when there are none."""
+    shortest, longest = min(row.prompt[:-1] for row in rows), max(row.prompt[:-1] for row in rows)  # first and last in lexical order
+    common = [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(shortest, longest, strict=False))]
+    if not common:
+        return None
+    ids = torch.tensor([common], device=next(model.parameters()).device)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def distrust(model: Any, rows: Sequence[PromptRow]) -> str | None:
+    """Why the shared pass may not be used for this model; None when it gives the plain sums for a few rows.
+
+    The rows are packed together, so that pads, branches and the cached beginning are all put to the test. The tolerance is the
+    rounding of the model's dtype.
+    """
+    rows, bare = rows[:CHECKED_ROWS], bare_model(model)
+    try:
+        sums = shared_sums(bare, rows, prefix=prefix_cache(bare, rows)).tolist()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        return _logged(f"the shared-prompt pass fails for {type(bare).__name__} ({error})")
+    plain = [sequence_logp(model, row.prompt, completion) for row in rows for completion in row.completions]
+    for ours, theirs in zip(sums, plain, strict=True):
+        if not abs(ours - theirs) <= rounding(bare.dtype) * max(1.0, abs(theirs)):
+            return _logged(f"the shared-prompt pass gives {ours:.3f} nats for {type(bare).__name__} where plain scoring gives {theirs:.3f}")
+    return None
+
+
+def _logged(reason: str) -> str:
+    logger.warning("%s: padded rows, one a completion, are used instead", reason)
+    return reason
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -173,16 +232,51 @@ def rounding(dtype: torch.dtype) -> float:
     return 2e-2 if dtype == torch.bfloat16 else 1e-4
 
 
-def _bare(model: Any) -> PreTrainedModel:
+def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, label: str = "scoring", trusted: bool | None = None) -> list[list[float]]:
+    """Sums of log-probabilities of every completion, in nats, in the order of `rows`.
+
+    Rows of like length share a batch of at most `token_budget` tokens, pads included. Where the shared pass is not
+    trusted, every completion is a padded row of its own: slower, right for every causal model, and the log says why.
+
+    Args:
+        model: a causal language model, bare or under PEFT with the adapter in the state to be scored.
+        rows: prompts with their completions.
+        token_budget: positions in one forward pass.
+        label: what the progress bar says.
+        trusted: what an earlier check of this model found; None checks now.
+    """
+    if trusted is None:
+        trusted = not rows or distrust(model, rows) is None
+    counts = [len(row.completions) for row in rows]
+    prefix = None
+    if trusted:
+        model = bare_model(model)
+        prefix = prefix_cache(model, rows) if len(rows) > 1 else None
+    else:
+        rows = [PromptRow(row.prompt, [completion]) for row in rows for completion in row.completions]
+    begins = list(itertools.accumulate((len(row.completions) for row in rows), initial=0))
+    sums = [0.0] * begins[-1]
+    with tqdm(total=sum(row.tokens for row in rows), desc=label, unit="token", mininterval=5) as bar:
+        for batch in _batches(rows, token_budget, cached=prefix.get_seq_length() if prefix is not None else 0):
+            here = [rows[i] for i in batch]
+            totals = iter((shared_sums(model, here, prefix=prefix) if trusted else padded_sums(model, here)).tolist())
+            for i in batch:
+                sums[begins[i] : begins[i + 1]] = itertools.islice(totals, len(rows[i].completions))
+                bar.update(rows[i].tokens)
+    flat = iter(sums)
+    return [list(itertools.islice(flat, count)) for count in counts]
+
+
+def bare_model(model: Any) -> PreTrainedModel:
     """The model under PEFT's wrapper, adapter layers included; a bare model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _batches(rows: Sequence[PromptRow], token_budget: int) -> Iterable[list[int]]:
+def _batches(rows: Sequence[PromptRow], token_budget: int, *, cached: int) -> Iterable[list[int]]:
     order = sorted(range(len(rows)), key=lambda i: -rows[i].tokens)
     batch: list[int] = []
     for i in order:
-        if batch and rows[batch[0]].tokens * (len(batch) + 1) > token_budget:
+        if batch and (rows[batch[0]].tokens - cached) * (len(batch) + 1) > token_budget:
             yield batch
             batch = []
         batch.append(i)
@@ -190,7 +284,9 @@ def _batches(rows: Sequence[PromptRow], token_budget: int) -> Iterable[list[int]
         yield batch
 
 
-def score_pairs(model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPair], *, checkpoint: str, token_budget: int) -> pd.DataFrame:
+def score_pairs(
+    model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPair], *, checkpoint: str, token_budget: int, trusted: bool | None = None
+) -> pd.DataFrame:
     """Per-pair records of one checkpoint.
 
     A prompt is computed once for all its distinct responses, whichever pairs and objectives they serve.
@@ -201,20 +297,17 @@ def score_pairs(model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPair],
         encoded: the token ids of the same pairs, in the same order.
         checkpoint: "base", "stage1", ...
         token_budget: positions in one forward pass.
+        trusted: as for `score_rows`.
 
     Returns:
-        The columns above and `checkpoint`, `chosen_logp`, `rejected_logp` (nats, float64), `chosen_tokens`, `rejected_tokens`.
+        The columns of `records.RECORDS`, in the order of `pairs`.
     """
-    trees: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
-    for pair in encoded:
-        branches = trees.setdefault(tuple(pair.prompt), {})
-        branches |= {tuple(pair.chosen): None, tuple(pair.rejected): None}
-    rows = [PromptRow(list(prompt), [list(c) for c in completions]) for prompt, completions in trees.items()]
-    sums = score_rows(model, rows, token_budget=token_budget, label=f"scoring {checkpoint}")
+    rows = prompt_rows(encoded)
+    sums = score_rows(model, rows, token_budget=token_budget, label=f"scoring {checkpoint}", trusted=trusted)
     logp = {
-        (prompt, completion): total
-        for (prompt, completions), totals in zip(trees.items(), sums, strict=True)
-        for completion, total in zip(completions, totals, strict=True)
+        (tuple(row.prompt), tuple(completion)): total
+        for row, totals in zip(rows, sums, strict=True)
+        for completion, total in zip(row.completions, totals, strict=True)
     }
     records = pairs[["pair_id", "prompt_id", "objective", "split"]].reset_index(drop=True)
     return records.assign(
@@ -226,14 +319,9 @@ def score_pairs(model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPair],
     )
 
 
-def records_of(scores: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    """The records of `pairs` in their order, from the records of many.
-
-    Raises:
-        StudyError: when a pair has no record.
-    """
-    keys = ["pair_id", "objective"]
-    found = pairs[keys].merge(scores, on=keys, how="left", validate="one_to_one")
-    if found["chosen_logp"].isna().any():
-        raise StudyError(f"{int(found['chosen_logp'].isna().sum())} of {len(pairs)} pairs have no record: run 01_data_preparation again.")
-    return found.astype({"chosen_tokens": int, "rejected_tokens": int})
+def prompt_rows(encoded: Iterable[EncodedPair]) -> list[PromptRow]:
+    """One row for every distinct prompt, with its distinct completions in the order of their first appearance."""
+    trees: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for pair in encoded:
+        trees.setdefault(tuple(pair.prompt), {}).update({tuple(pair.chosen): None, tuple(pair.rejected): None})
+    return [PromptRow(list(prompt), [list(c) for c in completions]) for prompt, completions in trees.items()]

@@ -34,7 +34,8 @@ from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
 from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json
-from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, records_of, rounding, sequence_logp
+from seqdpo_utils.records import records_of
+from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, completion_logps, distrust, pack_rows, rounding, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
@@ -163,6 +164,13 @@ class ConflictAwareDPOTrainer(DPOTrainer):
         self._loss_new = 0.0
         self.add_callback(_AfterStep(self))
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        pairs, window = self.args.per_device_train_batch_size, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        if pairs == 1:
+            return super()._get_train_sampler(train_dataset)  # nothing is padded, so there is nothing to group
+        lengths = [row_tokens(row) for row in train_dataset or self.train_dataset]
+        return LengthGrouped(lengths, window=window * self.args.world_size, batch=pairs, seed=self.args.seed)
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset  # already token ids: the same ones that the scorer uses
 
@@ -235,6 +243,45 @@ class ConflictAwareDPOTrainer(DPOTrainer):
     def conflict_table(self) -> pd.DataFrame:
         """One row a measured step and earlier objective; empty, with its columns, when nothing was measured."""
         return pd.DataFrame(self.conflict_records, columns=list(CONFLICT_COLUMNS))
+
+
+def row_tokens(row: dict[str, Any]) -> int:
+    """Length of a pair's row `[prompt, chosen, rejected]` in tokens."""
+    return len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+
+class LengthGrouped(torch.utils.data.Sampler):
+    """A random order in which the pairs of one forward pass have like lengths.
+
+    The pairs are shuffled and cut into windows, one an optimiser step. Within a window they are sorted into batches, and the batches
+    shuffled: every step sees the same pairs as without grouping, in batches of equal size, so its gradient is the same up to rounding.
+
+    Args:
+        lengths: tokens of every pair.
+        window: pairs behind one optimiser step.
+        batch: pairs in one forward pass.
+        seed: with the epoch, the only source of chance.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, window: int, batch: int, seed: int) -> None:
+        self.lengths, self.window, self.batch, self.seed, self.epoch = lengths, window, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch: every epoch has an order of its own, also in a run that was resumed."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        for start in range(0, len(order), self.window):
+            pairs = sorted(order[start : start + self.window], key=lambda i: -self.lengths[i])
+            batches = [pairs[k : k + self.batch] for k in range(0, len(pairs), self.batch)]
+            full = len(batches) - (len(batches[-1]) < self.batch)  # a short last batch stays last: batches are cut anew downstream
+            for k in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
+                yield from batches[k]
 
 
 class _AfterStep(TrainerCallback):
@@ -363,11 +410,9 @@ def stage_trainer(
     trainer.remove_callback(PrinterCallback)
     if previous is not None:
         load_adapter(trainer.model, previous)
-    first = rows[0]
-    if agrees_with_plain_path(trainer.model, PromptRow(first["prompt_ids"], [first["chosen_ids"], first["rejected_ids"]])):
+    first = [PromptRow(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in itertools.islice(rows, CHECKED_ROWS)]
+    if distrust(trainer.model, first) is None:
         share_prompts(trainer.model.get_base_model())
-    else:
-        warnings.warn("the shared-prompt pass disagrees with the plain one for this model; training on padded rows", stacklevel=2)
     return trainer
 
 

@@ -18,6 +18,7 @@ LAYERS = [
     "data",
     "models",
     "scoring",
+    "records",
     "mechanics",
     "training",
     "metrics",

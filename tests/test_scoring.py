@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,7 +8,6 @@ from conftest import pair_table, random_pairs
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from seqdpo_utils import scoring
-from seqdpo_utils.paths import StudyError
 
 
 def brute_force(model, prompt: list[int], completion: list[int]) -> float:
@@ -28,6 +29,18 @@ def test_sums_equal_a_loop_over_single_sequences(base, token_budget):
         assert row.chosen_logp == pytest.approx(brute_force(base, pair.prompt, pair.chosen), rel=1e-4)
         assert row.rejected_logp == pytest.approx(brute_force(base, pair.prompt, pair.rejected), rel=1e-4)
         assert (row.chosen_tokens, row.rejected_tokens) == (len(pair.chosen), len(pair.rejected))
+
+
+@pytest.mark.parametrize("begin", [0, 1, 9])
+def test_a_common_beginning_is_computed_once_and_changes_no_sum(base, monkeypatch, begin):
+    pairs = [pair._replace(prompt=[*range(50, 50 + begin), *pair.prompt]) for pair in random_pairs(9)]
+    rows = [scoring.PromptRow(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    lengths = []
+    monkeypatch.setattr(scoring, "pack_rows", lambda rows, *, cached=0, pack=scoring.pack_rows: lengths.append(cached) or pack(rows, cached=cached))
+    sums = scoring.score_rows(base, rows, token_budget=150)
+    assert set(lengths) == {begin} and len(lengths) > 3
+    for pair, found in zip(pairs, sums, strict=True):
+        assert found == pytest.approx([brute_force(base, pair.prompt, pair.chosen), brute_force(base, pair.prompt, pair.rejected)], rel=1e-4)
 
 
 def tiny(kind: str):
@@ -56,17 +69,21 @@ def test_branches_do_not_see_each_other(base):
         assert beside == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_model_that_ignores_the_mask_is_scored_the_plain_way(base, monkeypatch):
+@pytest.mark.parametrize("fault", ["deaf to the mask", "refuses it"])
+def test_a_model_that_does_not_take_the_mask_is_scored_on_padded_rows(base, monkeypatch, caplog, fault):
     rows = [scoring.PromptRow(pair.prompt, [pair.chosen, pair.rejected]) for pair in random_pairs(3)]
     right = scoring.score_rows(base, rows, token_budget=300)
     honest = base.model.forward
 
     def deaf(*args, attention_mask=None, position_ids=None, **options):
+        if attention_mask is not None and fault == "refuses it":
+            raise ValueError("only 2-D masks")
         return honest(*args, **options)
 
     monkeypatch.setattr(base.model, "forward", deaf)
-    with pytest.warns(UserWarning, match="one sequence at a time"):
+    with caplog.at_level(logging.WARNING):
         sums = scoring.score_rows(base, rows, token_budget=300)
+    assert "padded rows, one a completion, are used instead" in caplog.text
     assert np.allclose(np.ravel(sums), np.ravel(right), rtol=1e-4)
 
 
@@ -75,16 +92,17 @@ def test_a_shared_prompt_is_computed_once(base, monkeypatch):
     pairs = random_pairs(4)
     swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
     seen = []
-    monkeypatch.setattr(scoring, "pack_rows", lambda rows, pack=scoring.pack_rows: seen.extend(rows) or pack(rows))
+    monkeypatch.setattr(scoring, "pack_rows", lambda rows, pack=scoring.pack_rows, **options: seen.extend(rows) or pack(rows, **options))
     table = pd.concat([pair_table(4), pair_table(4, objective="harmless")])
     records = scoring.score_pairs(base, table, pairs + swapped, checkpoint="base", token_budget=500)
-    assert len(seen) == 1 + len(pairs)  # one row for the live check, then each prompt once
+    assert len(seen) == scoring.CHECKED_ROWS + len(pairs)  # the rows of the live check, then each prompt once
     assert records["chosen_logp"][:4].tolist() == records["rejected_logp"][4:].tolist()
 
 
 def test_training_gradients_flow_through_the_packed_pass(base):
     pair = random_pairs(1)[0]
     packed = scoring.pack_rows([scoring.PromptRow(pair.prompt, [pair.chosen, pair.rejected])])
+    base.lm_head.weight.requires_grad_(False)  # tied to the embedding, and frozen as under LoRA
     weight = base.model.layers[0].self_attn.q_proj.weight
     packed_gradient = torch.autograd.grad(scoring.completion_logps(base, packed)[packed.branch == 0].sum(), weight)[0]
     logits = base(torch.tensor([[*pair.prompt, *pair.chosen]])).logits[0, len(pair.prompt) - 1 : -1]
@@ -93,16 +111,18 @@ def test_training_gradients_flow_through_the_packed_pass(base):
 
 
 def test_many_head_rows_are_computed_in_pieces(base, monkeypatch):
+    """No more logits than HEAD_ROWS rows at a time, forward and backward, and the same numbers."""
     pair = random_pairs(1)[0]
     packed = scoring.pack_rows([scoring.PromptRow(pair.prompt, [pair.chosen, pair.rejected])])
-    whole = scoring.completion_logps(base, packed)
-    monkeypatch.setattr(scoring, "HEAD_ROWS", 3)
-    pieces = scoring.completion_logps(base, packed)
-    assert torch.allclose(whole, pieces, atol=1e-5) and pieces.requires_grad
-
-
-def test_a_pair_without_a_record_is_an_error():
-    scores = pair_table(2).drop(columns=["prompt_id", "split"]).assign(chosen_logp=-1.0, rejected_logp=-2.0, chosen_tokens=1, rejected_tokens=1)
-    assert scoring.records_of(scores, pair_table(2).iloc[::-1])["pair_id"].tolist() == ["helpful-1", "helpful-0"]
-    with pytest.raises(StudyError, match="1 of 3 pairs have no record"):
-        scoring.records_of(scores, pair_table(3))
+    base.lm_head.weight.requires_grad_(False)
+    weight, factors = base.model.layers[1].mlp.down_proj.weight, torch.randn(len(packed.target), generator=torch.Generator().manual_seed(0))
+    results, sizes = [], []
+    base.lm_head.register_forward_hook(lambda head, inputs, logits: sizes.append(len(logits)))
+    for rows in (1024, 3):
+        monkeypatch.setattr(scoring, "HEAD_ROWS", rows)
+        logps = scoring.completion_logps(base, packed)
+        results.append((logps, torch.autograd.grad((factors * logps).sum(), weight)[0]))
+    (whole, gradient), (pieces, same_gradient) = results
+    assert sizes[0] == len(packed.target) and max(sizes[1:]) == 3 and sum(sizes[1:]) == len(packed.target)
+    assert torch.allclose(whole, pieces, atol=1e-5)
+    assert torch.allclose(gradient, same_gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
