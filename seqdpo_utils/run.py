@@ -173,13 +173,14 @@ def _commit(root: Path) -> dict[str, Any]:
     return {"commit": head.stdout.strip() or None, "dirty": bool(changes.stdout.strip())}
 
 
-def study(root: Path, *, scale: str, settings: list[str], seeds: list[int], words: list[str], cores: int) -> int:
-    """Run everything that is missing or out of date; return the exit status.
+def study(root: Path, *, scale: str, settings: list[str], seeds: list[int] | None, words: list[str], cores: int) -> int:
+    """Run everything that is missing or out of date, for the scale's own seeds when `seeds` is None; return the exit status.
 
     All parameters are checked first. A lock refuses a second start on the same scale; the marks of a killed run are
     cleared and its unfinished notebooks run again. What failed is listed last.
     """
     overrides = params.parse_overrides(words)
+    seeds = seeds or params.resolve(root, scale=scale, setting=settings[0], overrides=overrides)["seeds"]
     for setting, seed in itertools.product(settings, seeds):
         params.resolve(root, scale=scale, setting=setting, seed=seed, overrides=overrides)
     results = root / "runs" / scale
@@ -235,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     whole = commands.add_parser("study", help="run every notebook that is missing or out of date, then render the appendix")
     whole.add_argument("--scale", default="classroom")
     whole.add_argument("--settings", nargs="+", default=None)
-    whole.add_argument("--seeds", nargs="+", type=int, default=[0])
+    whole.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the scale's own")
     whole.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
     whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     one = commands.add_parser("notebook", help="run one notebook through papermill")
