@@ -193,7 +193,8 @@ def source_of(root: Path, *, rows: str, hub_id: str) -> str:
     name = hub_id.rpartition("/")[2].casefold()
     place = root / rows
     found = sorted(path.name for path in place.iterdir() if path.name.casefold() == name) if place.is_dir() else []
-    return f"{rows.rstrip('/')}/{found[0] if found else name}"
+    folder = rows.rstrip("/") if rows.startswith(("/", ".")) or Path(rows).is_absolute() else f"./{rows.rstrip('/')}"  # never taken for a hub id
+    return f"{folder}/{found[0] if found else name}"
 
 
 def resolve(root: Path, *, scale: str, setting: str, order: str | None = None, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
