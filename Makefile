@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 SCALE ?= classroom
 SETTINGS ?=
-SEEDS ?= 0
+SEEDS ?=
 SET ?=
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
@@ -11,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: study test setup appendix classroom lint clean lab
 
 study: setup
-	@python -m seqdpo_utils study --scale $(SCALE) --seeds $(SEEDS) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
+	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
 
 test: setup
 	@HF_HUB_OFFLINE=1 python -m pytest

@@ -5,6 +5,7 @@ The notebooks argue, this package computes. A module imports only from those abo
     paths, params            names of files; checked parameters
     encoding                 the token ids of a pair
     sources, data            four public layouts; one table of preference pairs
+    access                   whether models, sources and packages can be had
     models                   base model, tokenizer, adapter
     scoring                  exact sums of log-probabilities
     mechanics, training      gradients and movement; DPO stages with the base as reference

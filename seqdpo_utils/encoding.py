@@ -36,6 +36,12 @@ def end_of_turn_id(tokenizer: Any) -> int:
     return ids[0]
 
 
+def encode_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
+    """Ids of a prompt's messages, up to and including the header of the assistant's turn."""
+    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
 def encode_pair(tokenizer: Any, prompt: list[dict[str, str]], *, chosen: str, rejected: str) -> EncodedPair:
     """Encode a pair with the model's chat template.
 
@@ -48,9 +54,8 @@ def encode_pair(tokenizer: Any, prompt: list[dict[str, str]], *, chosen: str, re
         Prompt ids up to and including the header of the assistant's turn, and the two completions.
     """
     end = end_of_turn_id(tokenizer)
-    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    prompt_ids, chosen_ids, rejected_ids = tokenizer([rendered, chosen, rejected], add_special_tokens=False)["input_ids"]
-    return EncodedPair(prompt_ids, [*chosen_ids, end], [*rejected_ids, end])
+    chosen_ids, rejected_ids = tokenizer([chosen, rejected], add_special_tokens=False)["input_ids"]
+    return EncodedPair(encode_prompt(tokenizer, prompt), [*chosen_ids, end], [*rejected_ids, end])
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

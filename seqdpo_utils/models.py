@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from seqdpo_utils.params import EMBEDDED_MODELS
 from seqdpo_utils.paths import StudyError, write_json
@@ -99,39 +99,56 @@ def hash_files(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(root: Path, base_model: str) -> Any:
-    """The tokenizer of a folder relative to the project, or of a hub id."""
-    return _explained(AutoTokenizer.from_pretrained, root, base_model)
+def load_tokenizer(root: Path, base_model: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a folder relative to the project, or of a hub id at `revision` (None: the newest)."""
+    return _explained(AutoTokenizer.from_pretrained, root, base_model, revision=revision)
 
 
-def load_base(root: Path, base_model: str, *, dtype: str) -> PreTrainedModel:
+def load_base(
+    root: Path, base_model: str, *, dtype: str, revision: str | None = None, attention: str = "sdpa", quantization: str | None = None
+) -> PreTrainedModel:
     """The base model in evaluation mode on the compute device, loaded from safetensors, without remote code.
 
     Args:
         root: the project's folder.
         base_model: folder relative to the project, or hub id.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32" or "bfloat16"; under quantization the dtype that is computed in.
+        revision: commit, tag or branch on the hub; None takes the newest.
+        attention: transformers' name of the attention kernel.
+        quantization: "nf4" or "int8" keeps the linear layers so (bitsandbytes; Dettmers et al. 2023, arXiv 2305.14314, and 2022, arXiv 2208.07339): the
+            quantised model is then the base and the reference. None keeps them in `dtype`.
 
     Raises:
         StudyError: when the model cannot be had, with the remedy.
     """
-    kind = {"dtype": getattr(torch, dtype), "use_safetensors": True, "attn_implementation": "sdpa"}
-    return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).to(compute_device()).eval()
+    kind = {"dtype": getattr(torch, dtype), "use_safetensors": True, "attn_implementation": attention, "revision": revision}
+    if quantization is None:
+        return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).to(compute_device()).eval()
+    kind |= {"quantization_config": _bits_and_bytes(quantization, dtype=kind["dtype"]), "device_map": {"": compute_device()}}
+    return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).eval()
 
 
-def _explained(load: Any, root: Path, base_model: str, **options: Any) -> Any:
+def _bits_and_bytes(quantization: str, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _explained(load: Any, root: Path, base_model: str, *, revision: str | None, **options: Any) -> Any:
     place = root / base_model
+    if revision is not None:
+        options["revision"] = revision
     try:
         return load(place if place.is_dir() else base_model, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise StudyError(
             f"base model {base_model!r} could not be loaded: {error}\nEmbedded models are built by `make setup`; for a hub id check "
             "the name, the connection and, for gated models, that HF_TOKEN is set."
         ) from error
 
 
-def base_fingerprint(root: Path, base_model: str) -> str:
-    """A short name for the exact weights: hash of the safetensors of a folder, or the hub's commit.
+def base_fingerprint(root: Path, base_model: str, *, revision: str | None = None) -> str:
+    """A short name for the exact weights: hash of the safetensors of a folder, or the hub's commit that `revision` names.
 
     A folder without a `manifest.json` of ours is hashed each time.
     """
@@ -143,7 +160,7 @@ def base_fingerprint(root: Path, base_model: str) -> str:
         return hash_files(place.glob("*.safetensors"))[:16]
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(base_model, "config.json")
+    cached = try_to_load_from_cache(base_model, "config.json", revision=revision)
     if not isinstance(cached, str):
         raise StudyError(f"base model {base_model!r} is not in the local hub cache: load it once before taking its fingerprint.")
     return Path(cached).parent.name[:16]

@@ -27,6 +27,7 @@ Word = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]  # never upward
 
 
 class _Checked(BaseModel):
@@ -37,8 +38,13 @@ class Scale(_Checked):
     """What a run costs: model, adapter, sizes, trainer (`params/scales/<scale>.yaml`)."""
 
     label: str
+    rows: Annotated[str, Field(min_length=1)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     base_model: str
+    base_model_revision: str | None
     dtype: Literal["float32", "bfloat16"]
+    quantization: Literal["nf4", "int8"] | None
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
     lora_rank: Count
     lora_alpha: Count
     lora_dropout: Share
@@ -73,6 +79,7 @@ class Setting(_Checked):
     """What is learned: data source and objectives (`params/settings/<setting>.yaml`)."""
 
     source: Annotated[str, Field(min_length=1)]
+    subset: Folder | None
     revision: str | None
     layout: Literal["hh_rlhf", "helpsteer2", "pku_saferlhf", "ultrafeedback"]
     objectives: Annotated[list[Word], Field(min_length=2)]
@@ -170,8 +177,30 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     return values
 
 
+def source_of(root: Path, *, rows: str, hub_id: str) -> str:
+    """Where a setting's rows are read from, as its scale decides.
+
+    Args:
+        root: the project's folder.
+        rows: "embedded", "hub", or a folder (relative to the project) that holds local copies named like the last part of their hub ids.
+        hub_id: the setting's data set, for example Anthropic/hh-rlhf; a path, too, is left as it is under "hub".
+
+    Returns:
+        "embedded", the hub id, or the folder of the copy; upper and lower case are one here. Whether it is there is checked later.
+    """
+    if rows in ("embedded", "hub"):
+        return "embedded" if rows == "embedded" else hub_id
+    name = hub_id.rpartition("/")[2].casefold()
+    place = root / rows
+    found = sorted(path.name for path in place.iterdir() if path.name.casefold() == name) if place.is_dir() else []
+    folder = rows.rstrip("/") if rows.startswith(("/", ".")) or Path(rows).is_absolute() else f"./{rows.rstrip('/')}"  # never taken for a hub id
+    return f"{folder}/{found[0] if found else name}"
+
+
 def resolve(root: Path, *, scale: str, setting: str, order: str | None = None, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """All parameters of one chain, flat: scale, then setting, then order and seed, then the command line.
+
+    `source` becomes the place that `rows` asks for, unless the command line gives a `source` of its own.
 
     Args:
         root: the project's folder.
@@ -187,6 +216,8 @@ def resolve(root: Path, *, scale: str, setting: str, order: str | None = None, s
     check_word(setting, "setting")
     flat = load_yaml(root / "params" / "scales" / f"{scale}.yaml", Scale, overrides)
     flat |= load_yaml(root / "params" / "settings" / f"{setting}.yaml", Setting, overrides)
+    if "source" not in (overrides or {}):
+        flat["source"] = source_of(root, rows=flat["rows"], hub_id=flat["source"])
     order = order or orders_of(flat)[0]
     if sorted(order.split("-then-")) != sorted(flat["objectives"]):
         raise StudyError(f"order {order!r} does not hold the objectives of {setting}: {', '.join(flat['objectives'])}.")

@@ -25,7 +25,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from seqdpo_utils import params
+from seqdpo_utils import access, params
 from seqdpo_utils.paths import RunPaths, StudyError, check_trained, project_root, read_json, read_table, write_json, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
@@ -173,15 +173,17 @@ def _commit(root: Path) -> dict[str, Any]:
     return {"commit": head.stdout.strip() or None, "dirty": bool(changes.stdout.strip())}
 
 
-def study(root: Path, *, scale: str, settings: list[str], seeds: list[int], words: list[str], cores: int) -> int:
-    """Run everything that is missing or out of date; return the exit status.
+def study(root: Path, *, scale: str, settings: list[str], seeds: list[int] | None, words: list[str], cores: int) -> int:
+    """Run everything that is missing or out of date, for the scale's own seeds when `seeds` is None; return the exit status.
 
-    All parameters are checked first. A lock refuses a second start on the same scale; the marks of a killed run are
+    All parameters are checked first, then whether models, sources and room on the disk can be had. A lock refuses a second start on the same scale; the marks of a killed run are
     cleared and its unfinished notebooks run again. What failed is listed last.
     """
     overrides = params.parse_overrides(words)
+    seeds = seeds or params.resolve(root, scale=scale, setting=settings[0], overrides=overrides)["seeds"]
     for setting, seed in itertools.product(settings, seeds):
         params.resolve(root, scale=scale, setting=setting, seed=seed, overrides=overrides)
+    _check_access(root, [params.resolve(root, scale=scale, setting=setting, overrides=overrides) for setting in settings])
     results = root / "runs" / scale
     results.mkdir(parents=True, exist_ok=True)
     gpu = int(Path("/dev/nvidia0").exists())
@@ -207,6 +209,13 @@ def study(root: Path, *, scale: str, settings: list[str], seeds: list[int], word
         notebook = failure.with_name(failure.name.replace(".error.txt", ".partial.ipynb"))
         print(f"FAILED {notebook.relative_to(root)}\n       {failure.read_text(encoding='utf-8').partition(chr(10))[0]}")
     return status
+
+
+def _check_access(root: Path, chosen: list[dict[str, Any]]) -> None:
+    """Refuse to start what could not be finished: every missing model, source or package, and a full disk, once each."""
+    found = [*(fault for flat in chosen for fault in access.faults(root, flat)), access.disk_fault(root)]
+    if any(found):
+        raise StudyError("nothing was started.\n" + "\n".join(dict.fromkeys(fault for fault in found if fault)))
 
 
 def _wait(process: subprocess.Popen) -> int:
@@ -235,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     whole = commands.add_parser("study", help="run every notebook that is missing or out of date, then render the appendix")
     whole.add_argument("--scale", default="classroom")
     whole.add_argument("--settings", nargs="+", default=None)
-    whole.add_argument("--seeds", nargs="+", type=int, default=[0])
+    whole.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the scale's own")
     whole.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
     whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     one = commands.add_parser("notebook", help="run one notebook through papermill")

@@ -1,10 +1,11 @@
-"""Four public preference data sets, four layouts, one kind of pair.
+"""Four public preference data sets in their layouts, one kind of pair.
 
 Each `*_pairs` function turns rows in a hub layout into pairs for one objective and counts every row that it drops,
 by reason. A pair is a dictionary with `prompt` (a list of {"role", "content"}), `chosen`, `rejected`, and the
 source's ratings of the two where it has them (`chosen_rating`, `rejected_rating`).
 """
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -23,14 +24,18 @@ Pair = dict[str, Any]
 Rows = Iterable[dict[str, Any]]
 
 
-def load_rows(source: str, *, layout: str, objective: str, revision: str | None = None) -> list[dict[str, Any]]:
-    """Read the rows that carry labels for `objective`, in the order of the source.
+def load_rows(root: Path, source: str, *, layout: str, objective: str, subset: str | None = None, revision: str | None = None) -> list[dict[str, Any]]:
+    """Read the rows that carry labels for `objective`, all splits of the source one after another: the study divides prompts itself.
+
+    A hub id and a local folder go the same way through `datasets.load_dataset`, so a clone of a hub data set reads as the hub does.
 
     Args:
-        source: "embedded", a local file or folder (json, jsonl, parquet, also gzipped), or a hub id.
-        layout: one of `params.LAYOUT_OBJECTIVES`.
+        root: the project's folder.
+        source: "embedded", a local file or folder (json, jsonl, parquet, also gzipped; relative to the project), or a hub id.
+        layout: one of `CONVERTERS`.
         objective: for HH-RLHF it picks the folder, elsewhere all objectives share the rows.
-        revision: commit of the hub data set.
+        subset: a folder inside the source; None takes the source's own default.
+        revision: commit, tag or branch of the hub data set.
 
     Raises:
         StudyError: when the place holds no readable rows, with the remedy.
@@ -38,34 +43,41 @@ def load_rows(source: str, *, layout: str, objective: str, revision: str | None 
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    place = EMBEDDED / layout if source == "embedded" else Path(source)
-    part = HH_FOLDERS[objective] if layout == "hh_rlhf" else None
-    if part and place.is_file() and place.parent.name != part:
-        raise StudyError(f"{place} is one file, but in layout hh_rlhf each objective has a folder: give the folder above {part}.")
+    place = EMBEDDED / layout if source == "embedded" else root / source
+    inside = "/".join(part for part in (subset, HH_FOLDERS[objective] if layout == "hh_rlhf" else None) if part)
+    if inside and place.is_file() and place.parent.name != Path(inside).name:
+        raise StudyError(f"source {source!r} is one file, but the rows of {objective!r} are to lie in a folder {inside}: give the folder above it.")
     try:
-        if source == "embedded" or place.exists():
-            files = _data_files(place / part if part and place.is_dir() else place)
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            data = load_dataset(kind, data_files=files, split="train")
+        # a README that came with a clone may state sizes of the whole data set: a part of it is welcome, so sizes are not checked
+        if place.is_file():
+            splits = load_dataset(_builder(place), data_files=str(place), verification_mode="no_checks")
         else:
-            data = load_dataset(source, data_dir=part, revision=revision, split="train")
-    except (OSError, ValueError, RuntimeError, EOFError, DatasetsError) as error:
-        raise StudyError(
-            f"source {source!r} (layout {layout}, objective {objective}) could not be read: {error.__cause__ or error}. "
-            "Give a local file or folder in that layout, a hub id that this machine can reach, or 'embedded'."
-        ) from error
-    if not len(data):
+            where = str(place) if place.is_dir() else source
+            splits = load_dataset(where, data_dir=inside or None, revision=revision, verification_mode="no_checks")
+        rows = [row for split in splits.values() for row in split.to_list()]
+    except (OSError, ValueError, RuntimeError, EOFError, StopIteration, DatasetsError) as error:
+        raise StudyError(f"source {source!r} (layout {layout}, objective {objective}) could not be read: {_why_unreadable(error, source)}") from error
+    if not rows:
         raise StudyError(f"source {source!r} (layout {layout}, objective {objective}) has no rows.")
-    return data.to_list()
+    return rows
 
 
-def _data_files(place: Path) -> list[str]:
-    pattern = re.compile(r"\.(jsonl?|parquet)(\.gz)?$")
-    found = [place] if place.is_file() else sorted(place.iterdir() if place.is_dir() else [])
-    files = [str(path) for path in found if pattern.search(path.name)]
-    if not files:
-        raise StudyError(f"{place} holds no .json, .jsonl or .parquet file (also .gz).")
-    return files
+def _builder(file: Path) -> str:
+    name = file.name.removesuffix(".gz")
+    if not name.endswith((".json", ".jsonl", ".parquet")):
+        raise StudyError(f"{file} is not a .json, .jsonl or .parquet file (also .gz).")
+    return "parquet" if name.endswith(".parquet") else "json"
+
+
+def _why_unreadable(error: Exception, source: str) -> str:
+    if isinstance(error, StopIteration):  # what `datasets` raises for files without a row
+        return "its files hold no rows."
+    remedy = "Give a local file or folder in that layout, a hub id that this machine can reach, or 'embedded'."
+    if "gated" in str(error):
+        remedy = f"Ask for access on the page of {source}, then set HF_TOKEN or run `hf auth login`."
+    elif "Revision" in str(error):
+        remedy = "Give `revision` a commit, tag or branch of that data set, or null for the newest."
+    return f"{' '.join(str(error.__cause__ or error).split()).rstrip('.')}. {remedy}"
 
 
 def _require(row: dict[str, Any], columns: Iterable[str], layout: str) -> None:
@@ -123,7 +135,7 @@ def helpsteer2_pairs(rows: Rows, objective: str) -> tuple[list[Pair], Counter]:
             continue
         ratings = [_rating(answer[objective]) for answer in (waiting, row)]
         responses, waiting = [waiting["response"], row["response"]], None
-        _rank(extra_id_turns(row["prompt"]), responses, ratings, objective, pairs, counts)
+        _rank(extra_id_turns(row["prompt"] or ""), responses, ratings, objective, pairs, counts)
     counts["response without a partner"] += waiting is not None
     return pairs, +counts
 
@@ -151,7 +163,7 @@ def pku_pairs(rows: Rows, objective: str) -> tuple[list[Pair], Counter]:
             counts["label is neither 0 nor 1"] += 1
             continue
         better, worse = (row["response_0"], row["response_1"])[:: 1 if row[label] == 0 else -1]
-        prompt = [{"role": "user", "content": row["prompt"].strip()}]
+        prompt = [{"role": "user", "content": (row["prompt"] or "").strip()}]
         _keep({"prompt": prompt, "chosen": better, "rejected": worse}, pairs, counts)
     return pairs, counts
 
@@ -165,16 +177,43 @@ def ultrafeedback_pairs(rows: Rows, objective: str) -> tuple[list[Pair], Counter
     pairs, counts = [], Counter()
     for row in rows:
         _require(row, ("instruction", "completions"), "ultrafeedback")
-        rated = [(_rating((c["annotations"].get(objective) or {}).get("Rating")), c["response"]) for c in row["completions"]]
+        rated = [(_rating(((c["annotations"] or {}).get(objective) or {}).get("Rating")), c["response"]) for c in row["completions"] or []]
         usable = [(rating, response) for rating, response in rated if rating is not None]
         if len(usable) < 2:
             counts["fewer than two usable ratings"] += 1
             continue
         best = max(usable, key=lambda item: item[0])
         worst = min(usable, key=lambda item: item[0])
-        prompt = [{"role": "user", "content": row["instruction"].strip()}]
+        prompt = [{"role": "user", "content": (row["instruction"] or "").strip()}]
         _rank(prompt, [best[1], worst[1]], [best[0], worst[0]], objective, pairs, counts)
     return pairs, counts
+
+
+def ultrafeedback_binarized_pairs(rows: Rows, objective: str) -> tuple[list[Pair], Counter]:
+    """Pairs of UltraFeedback in its binarized form: two message lists that differ in their last turn, each with one overall score.
+
+    The lists say which answer was preferred; the scores are kept as ratings, and a pair whose scores are equal or the other way round is dropped.
+    `objective` is "overall", the only one that this form has: a setting needs two, so these rows can be read and converted, but are no setting of their own.
+    Source: Tunstall et al. 2023, arXiv 2310.16944.
+    """
+    pairs, counts = [], Counter()
+    for row in rows:
+        _require(row, ("chosen", "rejected", "score_chosen", "score_rejected"), f"ultrafeedback_binarized ({objective})")
+        chosen, rejected = ([{"role": turn["role"], "content": (turn["content"] or "").strip()} for turn in row[side] or []] for side in ("chosen", "rejected"))
+        ratings = [_rating(row[f"score_{side}"]) for side in ("chosen", "rejected")]
+        if not _ends_with_answer(chosen) or not _ends_with_answer(rejected):
+            counts["messages do not end with a user's turn and its answer"] += 1
+        elif chosen[:-1] != rejected[:-1]:
+            counts["messages differ before the last turn"] += 1
+        elif None not in ratings and ratings[0] < ratings[1]:
+            counts["scores contradict the choice"] += 1
+        else:
+            _rank(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], ratings, objective, pairs, counts)
+    return pairs, counts
+
+
+def _ends_with_answer(turns: list[dict[str, str]]) -> bool:
+    return [turn["role"] for turn in turns[-2:]] == ["user", "assistant"]
 
 
 def _rating(value: Any) -> float | None:
@@ -182,7 +221,7 @@ def _rating(value: Any) -> float | None:
         usable = [score for score in map(_rating, value) if score is not None]
         return statistics.fmean(usable) if usable else None
     try:
-        return float(value)
+        return float(value) if math.isfinite(float(value)) else None
     except (TypeError, ValueError):
         return None
 
@@ -215,4 +254,5 @@ CONVERTERS: dict[str, Callable[[Rows, str], tuple[list[Pair], Counter]]] = {
     "helpsteer2": helpsteer2_pairs,
     "pku_saferlhf": pku_pairs,
     "ultrafeedback": ultrafeedback_pairs,
+    "ultrafeedback_binarized": ultrafeedback_binarized_pairs,
 }

@@ -43,19 +43,19 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is depre
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""
 _SHAPING = (
-    "order", "seed", "base_model", "dtype", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "beta", "epochs",
+    "order", "seed", "base_model", "base_model_revision", "dtype", "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "beta", "epochs",
     "pairs_per_step", "pairs_per_device", "warmup_ratio", "max_grad_norm",
 )  # fmt: skip
 _NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 
-def fingerprints(root: Path, tables: dict[str, pd.DataFrame], tokenizer: Any, *, base_model: str, dtype: str) -> dict[str, str]:
-    """What cached base sums depend on: data, weights, tokens and dtype."""
+def fingerprints(root: Path, tables: dict[str, pd.DataFrame], tokenizer: Any, *, parameters: dict[str, Any]) -> dict[str, str]:
+    """What cached base sums depend on: data, weights, tokens and dtype (with the quantization, where there is one)."""
     return {
         "data": data_fingerprint(tables),
-        "base_model": base_fingerprint(root, base_model),
+        "base_model": base_fingerprint(root, parameters["base_model"], revision=parameters["base_model_revision"]),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "dtype": dtype,
+        "dtype": " over ".join(name for name in (parameters["dtype"], parameters["quantization"]) if name),
     }
 
 

@@ -173,10 +173,10 @@ def test_a_second_start_has_nothing_to_do_and_one_change_reruns_only_what_depend
 
 
 def test_one_failing_setting_does_not_stop_another_and_is_named_last(copy, study):
-    """A setting whose source is missing fails in its first notebook; the other one gets a new seed."""
-    file = copy / "params" / "settings" / "compatible_quality.yaml"
+    """A setting whose rows were cut off half-way fails in its first notebook; the other one gets a new seed."""
+    file = copy / "seqdpo_utils" / "embedded" / "rows" / "ultrafeedback" / "rows.jsonl"
     whole = file.read_text()
-    file.write_text(whole.replace("source: embedded", "source: no/such-data-set"))
+    file.write_text(whole[:-100])
     done = run_study(copy, "--settings", "compatible_quality", "safety_signal", "--seeds", "1", "--set", "resamples=150", "lora_targets=[q_proj, v_proj]")
     file.write_text(whole)
     assert done.returncode != 0
@@ -185,7 +185,7 @@ def test_one_failing_setting_does_not_stop_another_and_is_named_last(copy, study
     assert run["parameters"]["lora_targets"] == ["q_proj", "v_proj"]
     last = done.stdout[done.stdout.index("The study stopped") :]
     assert "FAILED runs/smoke/compatible_quality/notebooks/01_data_preparation.partial.ipynb" in last
-    assert "no/such-data-set" in last and "FAILED runs/smoke/safety_signal" not in last
+    assert "'embedded' (layout ultrafeedback, objective instruction_following) could not be read" in last and "FAILED runs/smoke/safety_signal" not in last
     assert (study / "compatible_quality" / "notebooks" / "01_data_preparation.partial.ipynb").is_file()
 
 

@@ -1,10 +1,10 @@
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from seqdpo_utils import data
-from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.paths import StudyError
 
 
@@ -68,10 +68,128 @@ def test_rows_without_a_usable_pair_are_an_error():
         data.pairs_of([{"prompt": "Q", "response_0": "a", "response_1": "a", "safer_response_id": 0}], layout="pku_saferlhf", objective="safe")
 
 
-def test_too_long_pairs_are_dropped_whole():
-    pairs = [EncodedPair([1] * 5, [1] * 5, [1] * 3), EncodedPair([1] * 5, [1] * 6, [1] * 3)]
-    kept, dropped = data.drop_too_long(pd.DataFrame({"n": [0, 1]}), pairs, max_length=10)
-    assert kept["n"].tolist() == [0] and dropped == 1
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def talked(turns: list[str], chosen: str, rejected: str, *, system: str | None = None) -> pd.DataFrame:
+    """One pair as a table, its prompt a talk that begins with the user."""
+    roles = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(turns)]
+    prompt = ([{"role": "system", "content": system}] if system else []) + roles
+    row = {
+        "prompt": json.dumps(prompt),
+        "chosen": chosen,
+        "rejected": rejected,
+        "objective": "safe",
+        "prompt_id": "whole",
+        "pair_id": "whole",
+        "removed_turns": 0,
+    }
+    return pd.DataFrame([row])
+
+
+@pytest.mark.parametrize("max_length", range(24, 140, 4))
+def test_a_long_prompt_loses_its_oldest_turns_by_twos_and_no_text_is_cut(tokenizer, max_length):
+    turns = [" ".join(WORDS[: 3 + i]) for i in range(7)]
+    whole = talked(turns, "a short answer", "a somewhat longer answer than that", system="Be brief.")
+    kept, counts = data.fit(whole, tokenizer, max_length=max_length)
+    sizes = {}
+    for start in range(0, 7, 2):  # by hand: each suffix that begins with a user turn, the system message before it
+        shorter = talked(turns[start:], "a short answer", "a somewhat longer answer than that", system="Be brief.")
+        sizes[start] = data.encode_table(tokenizer, shorter)[0].longest
+    fitting = [start for start, size in sizes.items() if size <= max_length]
+    if not fitting:
+        assert kept.empty and sum(counts.values()) == 1 and all("longer than max_length" in what for what in counts)
+        return
+    prompt = json.loads(kept["prompt"][0])
+    assert prompt[0] == {"role": "system", "content": "Be brief."} and prompt[1]["role"] == prompt[-1]["role"] == "user"
+    assert [turn["content"] for turn in prompt[1:]] == turns[fitting[0] :]
+    assert kept["removed_turns"][0] == fitting[0] and kept[["chosen", "rejected"]].equals(whole[["chosen", "rejected"]])
+    assert data.encode_table(tokenizer, kept)[0].longest == sizes[fitting[0]]
+    assert counts == ({"kept: prompt shortened by its oldest turns": 1} if fitting[0] else {})
+
+
+def test_what_cannot_fit_is_dropped_by_reason(tokenizer):
+    long = " ".join(WORDS * 3)
+    cases = pd.concat(
+        [talked(["Why?"], long, "no"), talked(["Why?"], "no", long), talked([long], "yes", "no"), talked(["Why?"], "yes", "no")], ignore_index=True
+    )
+    kept, counts = data.fit(cases, tokenizer, max_length=36)
+    assert counts == {"dropped: completion longer than max_length": 2, "dropped: last turn and completion longer than max_length": 1}
+    assert kept["chosen"].tolist() == ["yes"]
+
+
+def test_shortened_pairs_keep_the_id_of_the_whole_prompt_and_get_one_of_their_own(tokenizer):
+    row = {"prompt": "Q", "response_0": "a", "response_1": "b", "safer_response_id": 0}
+    whole = data.pairs_of([row], layout="pku_saferlhf", objective="safe")[0]
+    same, counts = data.fit(whole, tokenizer, max_length=500)
+    pd.testing.assert_frame_equal(same, whole)
+    assert not counts
+    talks = pd.concat([talked([first, "Well.", "Why?"], "yes", "no") for first in (" ".join(WORDS), " ".join(WORDS[::-1]))], ignore_index=True)
+    kept, counts = data.fit(talks, tokenizer, max_length=len(data.encode_table(tokenizer, talked(["Why?"], "yes", "no"))[0].prompt) + 4)
+    assert kept["prompt_id"].tolist() == ["whole"] and kept["pair_id"][0] != "whole"
+    assert counts == {"kept: prompt shortened by its oldest turns": 2, "dropped: the same pair again, once shortened": 1}
+
+
+def prompts_in(texts: dict[str, list[str]]) -> dict[str, pd.DataFrame]:
+    rows = [
+        {"prompt_id": f"{split}-{i}", "split": split, "prompt": json.dumps([{"role": "user", "content": text}])}
+        for split, members in texts.items()
+        for i, text in enumerate(members)
+    ]
+    return {"safe": pd.DataFrame(rows)}
+
+
+def test_a_paraphrase_with_one_changed_word_is_found_and_an_unrelated_prompt_is_not():
+    text = "please tell me in a few plain words how the rain comes to fall on the hills behind our town each year in the autumn and why it then stops again in spring"
+    other = "what is a good way to learn the names of the stars in the northern sky without a telescope"
+    twins = data.near_identical(prompts_in({"train": [other, text], "eval": [text.replace("plain", "simple"), "why is grass green"]}))
+    assert twins[["eval_prompt_id", "train_prompt_id"]].to_numpy().tolist() == [["eval-0", "train-1"]]
+    grams = len(text.split()) - 2
+    assert twins["similarity"][0] == pytest.approx((grams - 3) / (grams + 3))
+
+
+def test_similarity_is_jaccards_by_brute_force(monkeypatch):
+    monkeypatch.setattr(data, "_BLOCK", 3)  # several blocks, the last one short
+    rng = np.random.default_rng(0)
+    texts = {split: [" ".join(rng.choice(["a", "b"], size=int(n))) for n in rng.integers(1, 9, 20)] for split in ("train", "eval")}
+
+    def grams(text):
+        words = text.split()
+        return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+    by_hand = {
+        (f"eval-{e}", f"train-{t}"): len(grams(x) & grams(y)) / len(grams(x) | grams(y))
+        for e, x in enumerate(texts["eval"]) if x not in texts["eval"][:e]
+        for t, y in enumerate(texts["train"]) if y not in texts["train"][:t]
+    }  # fmt: skip
+    found = data.near_identical(prompts_in(texts), threshold=0.5)
+    assert {(row.eval_prompt_id, row.train_prompt_id): row.similarity for row in found.itertuples()} == pytest.approx(
+        {key: value for key, value in by_hand.items() if value >= 0.5}
+    )
+    assert len(found) > 10 and found["similarity"].is_monotonic_decreasing
+
+
+def test_normalisation_comes_before_likeness():
+    twins = data.near_identical(prompts_in({"train": ["Why  is the SKY blue\u2026 today?"], "eval": ["why is the sky blue... today?"]}))
+    assert twins["similarity"].tolist() == [1.0]
+
+
+def test_near_identical_prompts_are_counted_when_data_is_prepared(tokenizer, parameters, tmp_path, monkeypatch):
+    """Twenty-four prompts and a twin of each with one word more: wherever both of two twins were taken, they are seen when the split parts them."""
+    stem = "tell me in plain words what a careful person should know about the number {} before the summer holidays begin in the old town"
+    texts = [stem.format(i) + tail for i in range(24) for tail in ("", " please")]
+    rows = [{"prompt": text, "response_0": "a", "response_1": "b", "safer_response_id": 0, "better_response_id": 1} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = parameters | {"source": "rows.jsonl", "layout": "pku_saferlhf", "objectives": ["safe", "helpful"], "train_pairs": 24, "eval_pairs": 24}
+    tables, counts = data.prepare(given, tokenizer, root=tmp_path)
+    by = counts.set_index(["objective", "what"])["rows"]
+    assert not data.leaked_prompts(tables)
+    train = set(tables["safe"].query("split == 'train'")["prompt"])
+    parted = sum(
+        json.dumps([{"role": "user", "content": text.removesuffix(" please") if text.endswith(" please") else text + " please"}]) in train
+        for text in (json.loads(prompt)[0]["content"] for prompt in tables["safe"].query("split == 'eval'")["prompt"])
+    )
+    assert by["safe", "held-out prompts near-identical to a training prompt"] >= parted > 0
 
 
 def test_label_agreement_by_hand():
@@ -83,8 +201,8 @@ def test_label_agreement_by_hand():
     assert data.label_agreement(tables).iloc[0][["shared", "agree"]].tolist() == [4, 0.75]
 
 
-def test_prepare_accounts_for_every_embedded_row(tokenizer, parameters):
-    tables, counts = data.prepare(parameters, tokenizer)
+def test_prepare_accounts_for_every_embedded_row(root, tokenizer, parameters):
+    tables, counts = data.prepare(parameters, tokenizer, root=root)
     assert list(tables["helpful"].columns) == data.COLUMNS
     assert json.loads(tables["helpful"]["prompt"].iloc[0])[-1]["role"] == "user"
     by = counts.set_index(["objective", "what"])["rows"]

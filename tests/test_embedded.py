@@ -2,6 +2,7 @@ import json
 from collections import Counter
 
 import pytest
+from conftest import ROOT
 
 from seqdpo_utils import data, sources
 from seqdpo_utils.embedded import compose
@@ -15,7 +16,7 @@ OBJECTIVES = {
 
 
 def tables(layout: str) -> dict:
-    load = {name: sources.load_rows("embedded", layout=layout, objective=name) for name in OBJECTIVES[layout]}
+    load = {name: sources.load_rows(ROOT, "embedded", layout=layout, objective=name) for name in OBJECTIVES[layout]}
     return {name: data.pairs_of(rows, layout=layout, objective=name)[0] for name, rows in load.items()}
 
 

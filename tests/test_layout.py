@@ -16,6 +16,7 @@ LAYERS = [
     "encoding",
     "sources",
     "data",
+    "access",
     "models",
     "scoring",
     "records",

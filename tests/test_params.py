@@ -24,6 +24,13 @@ def test_scale_then_setting_then_order_then_command_line(root):
         ({"pairs_per_step": 4, "pairs_per_device": 3}, ["multiple of pairs_per_device"]),
         ({"conflict_pairs": 3}, ["conflict_pairs = 3", "even"]),
         ({"layout": "alpaca"}, ["layout", "hh_rlhf", "'alpaca'"]),
+        ({"seeds": []}, ["seeds", "at least 1"]),
+        ({"seeds": [-1]}, ["seeds", "greater than or equal to 0"]),
+        ({"quantization": "fp4"}, ["quantization", "'nf4'", "'int8'"]),
+        ({"attention": "flash"}, ["attention", "flash_attention_2"]),
+        ({"subset": "../elsewhere"}, ["subset", "'../elsewhere'"]),
+        ({"subset": "/tmp"}, ["subset", "'/tmp'"]),
+        ({"rows": ""}, ["rows", "at least 1 character"]),
     ],
 )
 def test_wrong_values_name_key_value_and_what_is_allowed(root, overrides, words):
@@ -93,3 +100,43 @@ def test_every_shipped_file_is_valid(root):
         for setting in (root / "params" / "settings").glob("*.yaml"):
             flat = params.resolve(root, scale=scale.stem, setting=setting.stem)
             assert params.orders_of(flat)[0] == flat["order"] != params.orders_of(flat)[1]
+
+
+def test_the_scale_says_where_rows_are_read_and_the_command_line_wins(root, tmp_path):
+    for name in ("HH-RLHF", "helpsteer2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "hh-rlhf.txt").write_text("not the folder")
+
+    def source(setting, **overrides):
+        return params.resolve(root, scale="smoke", setting=setting, overrides=overrides)["source"]
+
+    assert source("distributional_conflict") == "embedded"
+    assert source("distributional_conflict", rows="hub") == "Anthropic/hh-rlhf"
+    assert source("distributional_conflict", rows=str(tmp_path)) == f"{tmp_path}/HH-RLHF"
+    assert source("attribute_interaction", rows=f"{tmp_path}/") == f"{tmp_path}/helpsteer2"
+    assert source("compatible_quality", rows=str(tmp_path)) == f"{tmp_path}/ultrafeedback", "absent: named as it should be, and refused when read"
+    assert source("distributional_conflict", rows="hub", source="mine.jsonl") == "mine.jsonl"
+
+
+def test_a_relative_folder_of_rows_starts_at_the_project(root, tmp_path, monkeypatch):
+    (tmp_path / "copies" / "Hh-Rlhf").mkdir(parents=True)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert params.source_of(tmp_path / "project", rows="../copies", hub_id="Anthropic/hh-rlhf") == "../copies/Hh-Rlhf"
+
+
+def test_every_setting_names_its_hub_data_set(root):
+    hub = {
+        name: params.resolve(root, scale="paper", setting=name)["source"]
+        for name in ("distributional_conflict", "attribute_interaction", "safety_signal", "compatible_quality")
+    }
+    assert list(hub.values()) == ["Anthropic/hh-rlhf", "nvidia/HelpSteer2", "PKU-Alignment/PKU-SafeRLHF", "openbmb/UltraFeedback"]
+
+
+def test_the_paper_scale_holds_the_papers_values(root):
+    flat = params.resolve(root, scale="paper", setting="safety_signal")
+    theirs = {
+        "base_model": "meta-llama/Llama-3.1-8B-Instruct", "lora_rank": 32, "lora_alpha": 64, "learning_rate": 5.0e-5, "beta": 0.3, "epochs": 1, "dtype": "bfloat16",
+        "activation_checkpointing": True, "pairs_per_step": 32, "max_length": 1024, "rows": "hub",
+    }  # fmt: skip
+    assert {key: flat[key] for key in theirs} == theirs and len(flat["lora_targets"]) == 7 and len(flat["seeds"]) > 1

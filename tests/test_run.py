@@ -83,7 +83,7 @@ def test_a_killed_kernel_is_told_apart(tmp_path, root, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["study", "--scale", "smok"], "smok.yaml is not among scales: choose one of classroom, smoke"),
+        (["study", "--scale", "smok"], "smok.yaml is not among scales: choose one of classroom, laptop, paper, smoke"),
         (["study", "--settings", "safety"], "safety.yaml is not among settings"),
         (["study", "--set", "learning_rat=1"], "learning_rat: unknown key"),
         (["study", "--scale", "smoke", "--set", "beta=-1"], "the command line: beta"),
