@@ -160,7 +160,7 @@ rule mechanistic_diagnostics:
 
 
 rule record:
-    input: adapters=adapters, counts=rules.data_preparation.output.counts, history=stage_files("history")
+    input: adapters=adapters, counts=rules.data_preparation.output.counts, history=stage_files("history"), base=rules.data_preparation.output.base, scores=stage_files("scores")
     output: CHAIN + "/run.json"
     params: given=lambda w: json.dumps(FLAT[w.setting] | {"order": w.order, "seed": int(w.seed)}, sort_keys=True)
     shell: "python -m seqdpo_utils record --parameters {params.given:q}"

@@ -17,6 +17,8 @@ STAGE_COLOURS = [GREY, "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a"]
 OBJECTIVE_COLOURS = ["#00796b", "#ad1457", "#5d4037", "#455a64", "#827717"]
 NEGATIVE, POSITIVE = "#c62828", "#1565c0"
 WIDTH = 520
+HISTOGRAM_BINS, SCATTER_CELLS = 25, 36
+"""Charts are drawn from aggregates, so that ten thousand pairs cost what a hundred do."""
 
 
 def say(text: str) -> Markdown:
@@ -98,10 +100,12 @@ def _zero(axis: str) -> alt.Chart:
 
 def token_lengths(lengths: pd.DataFrame, *, objectives: Sequence[str], caption: str) -> alt.Chart:
     """Histogram of completion lengths by side. `lengths`: `objective`, `side` ("chosen", "rejected"), `tokens`."""
-    bars = alt.Chart(lengths).mark_bar(opacity=0.55)
-    return bars.encode(
-        x=alt.X("tokens:Q", bin=alt.Bin(maxbins=25), title="completion tokens"),
-        y=alt.Y("count():Q", stack=None, title="completions"),
+    width = max(1, -(-int(lengths["tokens"].max()) // HISTOGRAM_BINS))
+    start = lengths["tokens"] // width * width
+    counts = lengths.assign(start=start, end=start + width).groupby(["objective", "side", "start", "end"], as_index=False).size()
+    return alt.Chart(counts).mark_bar(opacity=0.55).encode(
+        x=alt.X("start:Q", bin="binned", title="completion tokens"), x2="end:Q",
+        y=alt.Y("size:Q", stack=None, title="completions"),
         color=alt.Color("side:N", scale=alt.Scale(domain=["chosen", "rejected"], range=[POSITIVE, NEGATIVE]), title=None),
         column=alt.Column("objective:N", sort=list(objectives), title=None),
     ).properties(
@@ -187,11 +191,15 @@ def margins_by_stage(matrix: pd.DataFrame, *, objectives: Sequence[str], measure
 
 
 def pair_scatter(changes: pd.DataFrame, *, before: str, after: str, caption: str) -> alt.Chart:
-    """Policy margin of each pair before and after; on the diagonal nothing changed."""
+    """Policy margin before and after, pairs that lie close together as one larger dot; on the diagonal nothing changed."""
     names = {"gained": POSITIVE, "same": "#b0bec5", "lost": NEGATIVE}
     ends = pd.concat([changes["before"], changes["after"]])
     low, high = float(ends.min()), float(ends.max())
-    points = alt.Chart(changes[["before", "after", "reordered"]]).mark_circle(size=55, opacity=0.85).encode(
+    cell = {f"{end} cell": ((changes[end] - low) / max(high - low, 1e-12) * SCATTER_CELLS).astype(int) for end in ("before", "after")}
+    dots = changes.assign(**cell).groupby([*cell, "reordered"]).agg(before=("before", "mean"), after=("after", "mean"), pairs=("before", "size")).reset_index()
+    points = alt.Chart(dots[["before", "after", "reordered", "pairs"]]).mark_circle(opacity=0.85).encode(
+        size=alt.Size("pairs:Q", scale=alt.Scale(type="sqrt", range=[45, 400], domain=[1, max(10, int(dots["pairs"].max()))]),
+                      title="pairs in a dot", legend=alt.Legend() if dots["pairs"].max() > 1 else None),
         x=alt.X("before:Q", title=f"policy margin at {before} (nats per token)"),
         y=alt.Y("after:Q", title=f"policy margin at {after} (nats per token)"),
         color=alt.Color("reordered:N", scale=alt.Scale(domain=list(names), range=list(names.values())), title="order of answers"),

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet
+
+REPORT_KEY = "seqdpo.scoring"
+"""Under this name a file of per-pair records carries, in its metadata, the report of how they were scored."""
 
 
 class StudyError(ValueError):
@@ -137,6 +141,18 @@ def read_scores(paths: RunPaths, *, stages: int) -> pd.DataFrame:
     """Per-pair records of the base and of every stage of a chain, one below the other."""
     files = [paths.base_scores, *(paths.scores(k) for k in range(1, stages + 1))]
     return pd.concat([read_table(file) for file in files], ignore_index=True)
+
+
+def read_report(records: Path) -> dict[str, Any]:
+    """What was noted when a file of records was written: pairs, seconds, which pass, rounding.
+
+    Raises:
+        StudyError: when the file was not written by the study's scorer.
+    """
+    metadata = pyarrow.parquet.read_metadata(records).metadata or {}
+    if REPORT_KEY.encode() not in metadata:
+        raise StudyError(f"{records} carries no report of its scoring. Delete it and run `make study` again.")
+    return json.loads(metadata[REPORT_KEY.encode()])
 
 
 def check_trained(paths: RunPaths, *, stages: int, parameters: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from seqdpo_utils import access, params
-from seqdpo_utils.paths import RunPaths, StudyError, check_trained, project_root, read_json, read_table, write_json, write_whole
+from seqdpo_utils.paths import RunPaths, StudyError, check_trained, project_root, read_json, read_report, read_table, write_json, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
 QUIET = {
@@ -157,6 +157,7 @@ def record_chain(paths: RunPaths, flat: dict[str, Any], *, root: Path) -> None:
             "fingerprints": preparation["fingerprints"],
             "counts": preparation["counts"],
             "seconds_per_step": {f"stage{k}": float(read_table(paths.history(k))["seconds"].median()) for k in stages},
+            "scoring": {"base": read_report(paths.base_scores)} | {f"stage{k}": read_report(paths.scores(k)) for k in stages},
             "device": stages[1]["device"],
             "dtype": stages[1]["dtype"],
             "adapters": {f"stage{k}": manifest["adapter_sha256"] for k, manifest in stages.items()},

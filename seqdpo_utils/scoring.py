@@ -300,7 +300,7 @@ def score_pairs(
         trusted: as for `score_rows`.
 
     Returns:
-        The columns of `records.RECORDS`, in the order of `pairs`.
+        The columns of `recording.RECORDS`, in the order of `pairs`.
     """
     rows = prompt_rows(encoded)
     sums = score_rows(model, rows, token_budget=token_budget, label=f"scoring {checkpoint}", trusted=trusted)

@@ -34,7 +34,7 @@ from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
 from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json
-from seqdpo_utils.records import records_of
+from seqdpo_utils.recording import records_of
 from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, completion_logps, distrust, pack_rows, rounding, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ LAYERS = [
     "access",
     "models",
     "scoring",
-    "records",
+    "recording",
     "mechanics",
     "training",
     "metrics",

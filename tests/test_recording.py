@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from seqdpo_utils import data, models, records, scoring
-from seqdpo_utils.paths import StudyError
+from seqdpo_utils import data, models, recording, scoring
+from seqdpo_utils.paths import StudyError, read_report
 
 KEY = {"base_model": "m", "tokenizer": "t", "dtype": "float32"}
 WORDS = ["tea", "rain", "a long walk", "music", "bread", "the sea", "chess", "snow", "an old map", "birds"]
@@ -27,7 +27,7 @@ def files(tmp_path):
         table["prompt_id"] = [data._hash(prompt) for prompt in table["prompt"]]
         table["pair_id"] = [data._hash(*texts) for texts in zip(table["prompt"], table["chosen"], table["rejected"], strict=True)]
         tables[objective] = tmp_path / "data" / f"{objective}.parquet"
-        records.write_table(tables[objective], table)
+        recording.write_table(tables[objective], table)
     return list(tables.values())
 
 
@@ -37,36 +37,36 @@ def read(path):
 
 @pytest.mark.parametrize("chunk", [3, 4096])
 def test_chunks_hold_whole_prompts_and_every_pair_once(files, monkeypatch, chunk):
-    monkeypatch.setattr(records, "CHUNK_PAIRS", chunk)
-    chunks = list(records.prompt_chunks(files, ["train", "eval"]))
+    monkeypatch.setattr(recording, "CHUNK_PAIRS", chunk)
+    chunks = list(recording.prompt_chunks(files, ["train", "eval"]))
     assert (len(chunks) > 3) == (chunk == 3)
     where = pd.concat([part.assign(chunk=i) for i, part in enumerate(chunks)])
     assert where.groupby("prompt_id")["chunk"].nunique().max() == 1
     everything = pd.concat(map(pd.read_parquet, files))
     assert sorted(where["pair_id"] + where["objective"]) == sorted(everything["pair_id"] + everything["objective"])
-    assert set(pd.concat(records.prompt_chunks(files, ["eval"]))["split"]) == {"eval"}
+    assert set(pd.concat(recording.prompt_chunks(files, ["eval"]))["split"]) == {"eval"}
 
 
 def test_records_by_chunks_are_those_of_one_pass(base, tokenizer, files, tmp_path, monkeypatch):
     pairs = pd.concat(map(pd.read_parquet, files), ignore_index=True)
     whole = scoring.score_pairs(base, pairs, data.encode_table(tokenizer, pairs), checkpoint="stage1", token_budget=200)
-    monkeypatch.setattr(records, "CHUNK_PAIRS", 3)
-    report = records.score_files(base, tokenizer, files, tmp_path / "stage1.parquet", splits=["train", "eval"], checkpoint="stage1", token_budget=200)
+    monkeypatch.setattr(recording, "CHUNK_PAIRS", 3)
+    report = recording.score_files(base, tokenizer, files, tmp_path / "stage1.parquet", splits=["train", "eval"], checkpoint="stage1", token_budget=200)
     written = read(tmp_path / "stage1.parquet")
-    assert list(written.columns) == records.RECORDS.names == list(whole.columns)
+    assert list(written.columns) == recording.RECORDS.names == list(whole.columns)
     whole = whole.sort_values(["objective", "pair_id"], ignore_index=True)
     assert written["pair_id"].tolist() == whole["pair_id"].tolist()
     assert np.allclose(written["chosen_logp"], whole["chosen_logp"], rtol=1e-5) and written["chosen_tokens"].equals(whole["chosen_tokens"])
-    assert report == records.read_report(tmp_path / "stage1.parquet")
-    assert (report["pairs"], report["pass_used"], report["noise"]) == (len(pairs), records.SHARED, None)
+    assert report == read_report(tmp_path / "stage1.parquet")
+    assert (report["pairs"], report["pass_used"], report["noise"]) == (len(pairs), recording.SHARED, None)
     with pytest.raises(StudyError, match="no pair of the splits"):
-        records.score_files(base, tokenizer, files, tmp_path / "none.parquet", splits=["other"], checkpoint="base", token_budget=200)
+        recording.score_files(base, tokenizer, files, tmp_path / "none.parquet", splits=["other"], checkpoint="base", token_budget=200)
     assert not (tmp_path / "none.parquet").exists()
 
 
 def score_base(base, tokenizer, files, tmp_path, name="base"):
-    target, cache = tmp_path / f"{name}.parquet", records.cache_folder(tmp_path, KEY)
-    return records.score_base(base, tokenizer, files, target, cache=cache, source="rows", token_budget=200), read(target), cache
+    target, cache = tmp_path / f"{name}.parquet", recording.cache_folder(tmp_path, KEY)
+    return recording.score_base(base, tokenizer, files, target, cache=cache, source="rows", token_budget=200), read(target), cache
 
 
 def test_the_base_is_scored_once_whatever_asks_for_it(base, tokenizer, files, tmp_path):
@@ -76,7 +76,7 @@ def test_the_base_is_scored_once_whatever_asks_for_it(base, tokenizer, files, tm
     distinct = both["pair_id"].nunique()
     assert len(both) == 2 * len(WORDS) > distinct > len(WORDS)  # where the two objectives agree, it is one pair
     assert [r["scored"] for r in (first, second, third)] == [len(WORDS), distinct - len(WORDS), 0]
-    counter = records.times_scored(cache)
+    counter = recording.times_scored(cache)
     assert counter.max() == 1 and set(counter.index) == set(both["pair_id"])
     pd.testing.assert_frame_equal(both, again)
     pd.testing.assert_frame_equal(some, both[both["objective"] == "helpful"].reset_index(drop=True))
@@ -86,8 +86,8 @@ def test_the_base_is_scored_once_whatever_asks_for_it(base, tokenizer, files, tm
 
 
 def test_finished_chunks_survive_a_run_that_dies(base, tokenizer, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "CHUNK_PAIRS", 3)
-    honest, calls = records.score_pairs, []
+    monkeypatch.setattr(recording, "CHUNK_PAIRS", 3)
+    honest, calls = recording.score_pairs, []
 
     def dies(*args, **options):
         calls.append(len(args[1]))
@@ -95,40 +95,40 @@ def test_finished_chunks_survive_a_run_that_dies(base, tokenizer, files, tmp_pat
             raise KeyboardInterrupt
         return honest(*args, **options)
 
-    monkeypatch.setattr(records, "score_pairs", dies)
+    monkeypatch.setattr(recording, "score_pairs", dies)
     with pytest.raises(KeyboardInterrupt):
         score_base(base, tokenizer, files, tmp_path)
     assert not (tmp_path / "base.parquet").exists()
-    kept = len(records.times_scored(records.cache_folder(tmp_path, KEY)))
-    monkeypatch.setattr(records, "score_pairs", honest)
+    kept = len(recording.times_scored(recording.cache_folder(tmp_path, KEY)))
+    monkeypatch.setattr(recording, "score_pairs", honest)
     report, both, cache = score_base(base, tokenizer, files, tmp_path)
     assert kept == sum(calls[:2]) and report["scored"] == both["pair_id"].nunique() - kept
-    assert records.times_scored(cache).max() == 1
+    assert recording.times_scored(cache).max() == 1
 
 
 def test_a_stale_cache_is_refused(base, tokenizer, files, tmp_path):
     _, _, cache = score_base(base, tokenizer, files, tmp_path)
     (part,) = cache.glob("*.parquet")
     table = pd.read_parquet(part)
-    records.write_table(part, table.assign(rejected_logp=table["rejected_logp"] * 1.01))
+    recording.write_table(part, table.assign(rejected_logp=table["rejected_logp"] * 1.01))
     with pytest.raises(StudyError, match=r"are stale: rejected_logp of pair [0-9a-f]{16} .* Delete that folder"):
         score_base(base, tokenizer, files, tmp_path)
 
 
 def test_the_cache_folder_is_named_by_what_the_sums_depend_on(tmp_path):
-    folders = {records.cache_folder(tmp_path, KEY | {name: "other"}) for name in KEY}
-    assert len(folders | {records.cache_folder(tmp_path, KEY)}) == 4
-    assert records.cache_folder(tmp_path, KEY | {"data": "other"}) == records.cache_folder(tmp_path, KEY)
+    folders = {recording.cache_folder(tmp_path, KEY | {name: "other"}) for name in KEY}
+    assert len(folders | {recording.cache_folder(tmp_path, KEY)}) == 4
+    assert recording.cache_folder(tmp_path, KEY | {"data": "other"}) == recording.cache_folder(tmp_path, KEY)
 
 
 def test_bfloat16_comes_with_its_noise(root, tokenizer, files, tmp_path):
     model = models.load_base(root, models.TINY, dtype="bfloat16")
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    report = records.score_files(model, tokenizer, files, tmp_path / "s.parquet", splits=["eval"], checkpoint="base", token_budget=200)
+    report = recording.score_files(model, tokenizer, files, tmp_path / "s.parquet", splits=["eval"], checkpoint="base", token_budget=200)
     assert model.dtype == torch.bfloat16 and all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
     exact = models.load_base(root, models.TINY, dtype="bfloat16").float()
-    pairs = next(records.prompt_chunks(files, ["eval"]))
-    rows = scoring.prompt_rows(data.encode_table(tokenizer, pairs))[: records.NOISE_ROWS]
+    pairs = next(recording.prompt_chunks(files, ["eval"]))
+    rows = scoring.prompt_rows(data.encode_table(tokenizer, pairs))[: recording.NOISE_ROWS]
     gaps = np.ravel(scoring.score_rows(model, rows, token_budget=4000)) - np.ravel(scoring.score_rows(exact, rows, token_budget=4000))
     assert report["noise"]["sums"] == len(gaps)
     assert report["noise"]["rms"] == pytest.approx(np.sqrt(np.mean(gaps**2)), rel=0.5) and report["noise"]["rms"] > 1e-4
@@ -137,6 +137,6 @@ def test_bfloat16_comes_with_its_noise(root, tokenizer, files, tmp_path):
 def test_a_pair_without_a_record_is_an_error():
     pairs = pd.DataFrame({"pair_id": ["a", "b", "c"], "objective": "helpful"})
     scores = pairs.head(2).assign(chosen_logp=-1.0, rejected_logp=-2.0, chosen_tokens=1, rejected_tokens=1)
-    assert records.records_of(scores, pairs.iloc[[1, 0]])["pair_id"].tolist() == ["b", "a"]
+    assert recording.records_of(scores, pairs.iloc[[1, 0]])["pair_id"].tolist() == ["b", "a"]
     with pytest.raises(StudyError, match="1 of 3 pairs have no record"):
-        records.records_of(scores, pairs)
+        recording.records_of(scores, pairs)

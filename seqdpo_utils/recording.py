@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from seqdpo_utils.data import encode_table
-from seqdpo_utils.paths import StudyError, write_table, write_whole
+from seqdpo_utils.paths import REPORT_KEY, StudyError, write_table, write_whole
 from seqdpo_utils.scoring import PromptRow, bare_model, distrust, prompt_rows, rounding, score_pairs, score_rows
 
 CHUNK_PAIRS = 4096
@@ -33,7 +33,6 @@ RECORDS = pa.schema(
 )  # fmt: skip
 """Columns of the per-pair records: sums over completion tokens in nats, and how many tokens they cover."""
 SHARED, PADDED = "one row a prompt", "one padded row a completion"
-REPORT_KEY = "seqdpo.scoring"
 _CACHED = ["pair_id", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
 _TEXTS = ["pair_id", "prompt_id", "objective", "split", "prompt", "chosen", "rejected"]
 
@@ -110,11 +109,6 @@ def cache_folder(runs: Path, fingerprints: dict[str, str]) -> Path:
 def times_scored(cache: Path) -> pd.Series:
     """How often each pair was scored under the base, by pair id: the counter that proves "once"."""
     return pd.concat([pd.read_parquet(file, columns=["pair_id"]) for file in sorted(cache.glob("*.parquet"))])["pair_id"].value_counts()
-
-
-def read_report(records: Path) -> dict[str, Any]:
-    """The report that was written with a file of records."""
-    return json.loads(pa.parquet.read_metadata(records).metadata[REPORT_KEY.encode()])
 
 
 class _ChunkScorer:
