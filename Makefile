@@ -4,11 +4,13 @@ SCALE ?= classroom
 SETTINGS ?=
 SEEDS ?=
 SET ?=
+ROWS ?= embedded
+PAIRS ?= 24
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: study test setup appendix classroom lint clean lab
+.PHONY: study test setup appendix classroom bench lint clean lab
 
 study: setup
 	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
@@ -39,6 +41,9 @@ appendix: setup
 
 classroom: setup
 	@python -m seqdpo_utils classroom
+
+bench: setup
+	@HF_HUB_OFFLINE=1 python -m seqdpo_utils bench --rows $(ROWS) --pairs $(PAIRS)
 
 lab: setup
 	@jupyter lab notebooks/00_read_me_first.ipynb

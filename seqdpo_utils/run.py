@@ -259,6 +259,11 @@ def main(argv: list[str] | None = None) -> int:
     model.add_argument("name")
     pages = commands.add_parser("appendix", help="render executed notebooks")
     pages.add_argument("--scale", default="classroom")
+    speed = commands.add_parser("bench", help="measure scoring and training against TRL and a plain loop")
+    speed.add_argument("--rows", default="embedded", help="embedded, or a folder with a copy of Anthropic/hh-rlhf")
+    speed.add_argument("--model", default=params.EMBEDDED_MODELS[0])
+    speed.add_argument("--pairs", type=int, default=24)
+    speed.add_argument("--repeats", type=int, default=3)
     commands.add_parser("classroom", help="write copies of the notebooks without the solutions")
     options = parser.parse_args(argv)
     try:
@@ -282,6 +287,15 @@ def _dispatch(options: argparse.Namespace) -> int:
         from seqdpo_utils.models import prepare_model
 
         print(f"base model ready: {prepare_model(root, options.name) or options.name}")
+    elif options.command == "bench":
+        os.environ.update(QUIET)
+        from seqdpo_utils.bench import bench, write_bench
+
+        print(
+            write_bench(root, bench(root, rows=options.rows, base_model=options.model, pairs=options.pairs, repeats=options.repeats)).read_text(
+                encoding="utf-8"
+            )
+        )
     elif options.command == "classroom":
         print(f"student copies: {student_copies(root)}")
     else:

@@ -78,3 +78,23 @@ def test_sentences_say_what_is_missing():
 def test_stages_and_objectives_keep_their_colours():
     colours = [figures()[name].to_dict() for name in ("margins_by_stage", "retention_overview")]
     assert charts.OBJECTIVE_COLOURS[0] in str(colours[0]) and charts.STAGE_COLOURS[1] in str(colours[1])
+
+
+def test_ten_thousand_pairs_are_drawn_from_aggregates_that_lose_none():
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(size=(2, 10_000))
+    changes = pd.DataFrame({"before": before, "after": after, "reordered": rng.choice(["gained", "same", "lost"], 10_000)})
+    lengths = pd.DataFrame({"objective": "a", "side": rng.choice(["chosen", "rejected"], 20_000), "tokens": rng.integers(1, 900, 20_000)})
+    for chart, column, total in (
+        (charts.pair_scatter(changes, before="stage 1", after="stage 2", caption="n = 10000."), "pairs", 10_000),
+        (charts.token_lengths(lengths, objectives=["a"], caption="n = 20000."), "size", 20_000),
+    ):
+        spec = chart.to_dict()  # Altair refuses more than 5,000 rows here
+        assert total in [sum(row.get(column, 0) for row in rows) for rows in spec["datasets"].values()]
+        assert charts.static_bundle(spec)[0]["image/svg+xml"].startswith("<svg")
+
+
+def test_pairs_that_stand_alone_stay_where_they_are():
+    changes = pd.DataFrame({"before": [-1.0, 0.3, 2.0], "after": [0.5, -0.7, 1.1], "reordered": ["gained", "lost", "same"]})
+    (dots,) = [d for d in charts.pair_scatter(changes, before="a", after="b", caption="n = 3.").to_dict()["datasets"].values() if "pairs" in d[0]]
+    assert sorted((d["before"], d["after"], d["pairs"]) for d in dots) == [(-1.0, 0.5, 1), (0.3, -0.7, 1), (2.0, 1.1, 1)]

@@ -26,6 +26,7 @@ LAYERS = [
     "charts",
     "summary",
     "appendix",
+    "bench",
     "run",
     "__main__",
 ]

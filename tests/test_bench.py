@@ -1,0 +1,41 @@
+"""The bench's arithmetic; its runs are for `make bench`, not for the tests."""
+
+import pandas as pd
+import pytest
+
+from seqdpo_utils import bench, scoring
+from seqdpo_utils.paths import StudyError, read_table
+
+
+def test_ratios_are_paired_and_their_extremes_kept():
+    seconds = {"ours": [1.0, 2.0, 4.0], "theirs": [6.0, 10.0, 28.0]}
+    row = bench._ratio("ours", "theirs", seconds, pairs=8)
+    assert (row["ratio"], row["low"], row["high"], row["runs"], row["value"]) == (6.0, 5.0, 7.0, 3, 4.0)
+
+
+def test_compared_runs_alternate():
+    seen = []
+    seconds = bench._alternate({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, 2)
+    assert seen == ["a", "b", "a", "b"] and [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_sides_that_disagree_are_not_compared():
+    assert bench._agree("sums", [-100.0], [-100.001], tolerance=1e-4) == pytest.approx(1e-5, rel=1e-3)
+    for wrong in (-100.1, float("nan")):
+        with pytest.raises(StudyError, match="sums: the two sides differ"):
+            bench._agree("sums", [wrong], [-100.0], tolerance=1e-4)
+
+
+def test_what_must_be_computed_is_counted_by_hand(base):
+    rows = [scoring.PromptRow([1, 2, 3], [[4, 5], [6]])]  # two prompt tokens before the branches, three in them, three scored
+    shape = base.config
+    attention = 2 * shape.hidden_size * shape.hidden_size + 2 * shape.hidden_size * shape.hidden_size // 2  # q, o and, with half the heads, k, v
+    body = shape.num_hidden_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
+    assert bench._flops(base, rows) == 2 * (body * 5 + shape.vocab_size * shape.hidden_size * 3)
+
+
+def test_the_table_is_written_twice(tmp_path):
+    row = {"what": "scoring", "compared with": "TRL", "ratio": 6.4, "low": 6.0, "high": 7.0, "value": 2.81, "unit": "pairs a second", "runs": 3}
+    text = bench.write_bench(tmp_path, pd.DataFrame([row], columns=bench.COLUMNS)).read_text()
+    assert "| scoring | TRL | 6.40 (6.00 to 7.00) | 2.81 pairs a second | 3 |" in text
+    assert read_table(tmp_path / "runs" / "bench" / "bench.parquet")["ratio"].tolist() == [6.4]
