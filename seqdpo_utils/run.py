@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import itertools
 import json
 import logging
 import os
@@ -173,17 +172,24 @@ def _commit(root: Path) -> dict[str, Any]:
     return {"commit": head.stdout.strip() or None, "dirty": bool(changes.stdout.strip())}
 
 
-def study(root: Path, *, scale: str, settings: list[str], seeds: list[int] | None, words: list[str], cores: int) -> int:
-    """Run everything that is missing or out of date, for the scale's own seeds when `seeds` is None; return the exit status.
+def _chosen(root: Path, *, scale: str, settings: list[str], seeds: list[int] | None, words: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The checked parameters of every setting, and the seeds: the scale's own when None are given."""
+    overrides = params.parse_overrides(words)
+    chosen = [params.resolve(root, scale=scale, setting=setting, overrides=overrides) for setting in settings]
+    seeds = seeds or chosen[0]["seeds"]
+    for seed in seeds:
+        params.resolve(root, scale=scale, setting=settings[0], seed=seed, overrides=overrides)
+    return chosen, seeds
 
-    All parameters are checked first, then whether models, sources and room on the disk can be had. A lock refuses a second start on the same scale; the marks of a killed run are
+
+def study(root: Path, chosen: list[dict[str, Any]], *, seeds: list[int], overrides: dict[str, Any], cores: int) -> int:
+    """Run everything that is missing or out of date; return the exit status.
+
+    Whether models, sources and room on the disk can be had is checked first. A lock refuses a second start on the same scale; the marks of a killed run are
     cleared and its unfinished notebooks run again. What failed is listed last.
     """
-    overrides = params.parse_overrides(words)
-    seeds = seeds or params.resolve(root, scale=scale, setting=settings[0], overrides=overrides)["seeds"]
-    for setting, seed in itertools.product(settings, seeds):
-        params.resolve(root, scale=scale, setting=setting, seed=seed, overrides=overrides)
-    _check_access(root, [params.resolve(root, scale=scale, setting=setting, overrides=overrides) for setting in settings])
+    _check_access(root, chosen)
+    scale, settings = chosen[0]["scale"], [flat["setting"] for flat in chosen]
     results = root / "runs" / scale
     results.mkdir(parents=True, exist_ok=True)
     gpu = int(Path("/dev/nvidia0").exists())
@@ -242,11 +248,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seqdpo_utils", description="Sequential DPO as a notebook study.")
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("study", help="run every notebook that is missing or out of date, then render the appendix")
-    whole.add_argument("--scale", default="classroom")
-    whole.add_argument("--settings", nargs="+", default=None)
-    whole.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the scale's own")
-    whole.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
     whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    ahead = commands.add_parser("plan", help="say what a study would run and need, and what is missing; nothing is downloaded or computed")
+    ahead.add_argument("--gpu", default="H100 80GB")
+    ahead.add_argument("--tokens", type=int, default=None, help="typical tokens of a pair, its prompt counted once")
+    for each in (whole, ahead):
+        each.add_argument("--scale", default="classroom")
+        each.add_argument("--settings", nargs="+", default=None)
+        each.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the scale's own")
+        each.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
     one = commands.add_parser("notebook", help="run one notebook through papermill")
     one.add_argument("source", type=Path)
     one.add_argument("target", type=Path)
@@ -269,10 +279,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     root = project_root()
-    if options.command == "study":
+    if options.command in ("study", "plan"):
         settings = options.settings or sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))
-        return study(root, scale=options.scale, settings=settings, seeds=options.seeds, words=options.words, cores=options.cores)
-    if options.command == "notebook":
+        chosen, seeds = _chosen(root, scale=options.scale, settings=settings, seeds=options.seeds, words=options.words)
+    if options.command == "study":
+        return study(root, chosen, seeds=seeds, overrides=params.parse_overrides(options.words), cores=options.cores)
+    if options.command == "plan":
+        from seqdpo_utils import plan
+
+        print("\n".join(plan.lines(root, chosen, seeds=seeds, gpu=options.gpu, tokens=options.tokens or plan.TYPICAL_TOKENS)))
+    elif options.command == "notebook":
         run_notebook(options.source, options.target, options.parameters, label=options.label)
     elif options.command == "record":
         flat = options.parameters

@@ -37,7 +37,6 @@ from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, writ
 from seqdpo_utils.scoring import PromptRow, agrees_with_plain_path, completion_logps, pack_rows, records_of, rounding, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""

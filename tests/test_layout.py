@@ -25,6 +25,7 @@ LAYERS = [
     "charts",
     "summary",
     "appendix",
+    "plan",
     "run",
     "__main__",
 ]
