@@ -5,6 +5,7 @@ ready-made, a pair's prompt is computed once, and at chosen steps the gradient o
 same weights (`ConflictAwareDPOTrainer`).
 """
 
+import copy
 import itertools
 import logging
 import math
@@ -351,7 +352,7 @@ def stage_trainer(
         base,
         args=dpo_config(parameters, pairs=len(rows), output_dir=output_dir),
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=copy.deepcopy(tokenizer),  # TRL gives a tokenizer without a pad token an existing token as one
         peft_config=lora_config(parameters),
         earlier=earlier,
         conflict_every=parameters["conflict_every"] if earlier else 0,
