@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,41 @@ class _Progress(logging.Handler):
         for line in record.getMessage().replace("\r", "\n").splitlines():
             if _BAR.search(line):
                 print(f"  {self.name_shown} | {line.strip()}", file=sys.stderr, flush=True)
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else every NVIDIA device by its number."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    return sorted((file.name.removeprefix("nvidia") for file in Path("/dev").glob("nvidia[0-9]*")), key=int)
+
+
+@contextmanager
+def one_gpu(folder: Path, gpus: list[str]) -> Iterator[str | None]:
+    """Hold one of `gpus` for a notebook, so that several chains run side by side, each on a GPU of its own.
+
+    A lock file in `folder` stands for a GPU; it is free again when the process ends, however it ends. Waits while all are taken.
+
+    Yields:
+        The GPU's name, which CUDA_VISIBLE_DEVICES holds meanwhile; None when there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for gpu in itertools.cycle(gpus):
+        lock = FileLock(folder / f".gpu-{gpu.replace('/', '-')}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            continue
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        try:
+            yield gpu
+        finally:
+            lock.release()
+            os.environ.pop("CUDA_VISIBLE_DEVICES") if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)
+        return
+    yield None
 
 
 def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, label: str) -> None:
@@ -192,11 +230,11 @@ def study(root: Path, chosen: list[dict[str, Any]], *, seeds: list[int], overrid
     scale, settings = chosen[0]["scale"], [flat["setting"] for flat in chosen]
     results = root / "runs" / scale
     results.mkdir(parents=True, exist_ok=True)
-    gpu = int(Path("/dev/nvidia0").exists())
-    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpu": gpu}
+    gpus = len(visible_gpus())
+    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpus": gpus}
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root), "--cores", str(cores),
-        "--resources", f"gpu={gpu}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
+        "--resources", f"gpu={gpus}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
         "--keep-going", "--quiet", "rules", "host", "--configfile", str(write_json(results / ".study.json", config)),
     ]  # fmt: skip
     began, clock = time.time(), time.monotonic()
@@ -262,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("target", type=Path)
     one.add_argument("--parameters", type=json.loads, required=True, help="the notebook's parameters as a JSON object")
     one.add_argument("--label", default="notebook")
+    one.add_argument("--gpu", action="store_true", help="hold a GPU of its own while it runs, where there is one")
     record = commands.add_parser("record", help="write run.json of a finished chain")
     record.add_argument("--parameters", type=json.loads, required=True, help="all parameters of the chain as a JSON object")
     model = commands.add_parser("model", help="build an embedded base model once")
@@ -289,7 +328,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         print("\n".join(plan.lines(root, chosen, seeds=seeds, gpu=options.gpu, tokens=options.tokens or plan.TYPICAL_TOKENS)))
     elif options.command == "notebook":
-        run_notebook(options.source, options.target, options.parameters, label=options.label)
+        with one_gpu(root / "runs", visible_gpus() if options.gpu else []):
+            run_notebook(options.source, options.target, options.parameters, label=options.label)
     elif options.command == "record":
         flat = options.parameters
         record_chain(RunPaths(root / "runs", flat["scale"], flat["setting"], flat["order"], flat["seed"]), flat, root=root)
