@@ -37,7 +37,7 @@ _GATED_SHAPES = {
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False
     ),
 }  # fmt: skip
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.52, "int8": 1.0}  # nf4: four bits and doubly quantised constants
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.52}  # nf4: four bits and doubly quantised constants
 _CONFLICT_COPIES = 6  # gradients kept at once while conflict is measured
 
 

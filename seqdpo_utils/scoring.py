@@ -156,6 +156,8 @@ def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, labe
 def agrees_with_plain_path(model: Any, row: PromptRow) -> bool:
     """Whether the shared-prompt pass gives the plain sums for one row, within the rounding of the model's dtype."""
     bare = _bare(model)
+    if "flash" in bare.config._attn_implementation:
+        return False  # takes no 4-D mask at all
     device = next(bare.parameters()).device
     with torch.inference_mode():
         packed = pack_rows([row]).to(device)

@@ -125,8 +125,8 @@ def test_memory_by_hand(paper):
     assert (parts["base weights"], parts["adapter"], parts["gradient"], parts["AdamW"]) == (2000, 40, 40, 80)
     assert parts["activations"] == 3 * 14 * (14 * 2 + 4 * 4) * 2
     assert plan.memory(shape, flat, tokens=7, checkpointing=True)["activations"] == 14 * 2 * (3 * 2 + 14 * 2 + 4 * 4)
-    quantised = plan.memory(shape, flat | {"quantization": "int8", "conflict_every": 0}, tokens=7, checkpointing=False)
-    assert (quantised["base weights"], quantised["AdamW"], quantised["conflict"]) == (800 + 400, 40, 0)
+    quantised = plan.memory(shape, flat | {"quantization": "nf4", "conflict_every": 0}, tokens=7, checkpointing=False)
+    assert (quantised["base weights"], quantised["AdamW"], quantised["conflict"]) == (pytest.approx(800 * 0.52 + 400), 40, 0)
 
 
 @pytest.fixture

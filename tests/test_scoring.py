@@ -106,3 +106,11 @@ def test_a_pair_without_a_record_is_an_error():
     assert scoring.records_of(scores, pair_table(2).iloc[::-1])["pair_id"].tolist() == ["helpful-1", "helpful-0"]
     with pytest.raises(StudyError, match="1 of 3 pairs have no record"):
         scoring.records_of(scores, pair_table(3))
+
+
+def test_flash_attention_is_never_asked_for_the_shared_prompt_pass(base, monkeypatch):
+    """Its kernels take no 4-D mask: such a model is scored one sequence at a time."""
+    row = scoring.PromptRow([5, 6, 7], [[8, 9], [10]])
+    assert scoring.agrees_with_plain_path(base, row)
+    monkeypatch.setattr(base.config, "_attn_implementation_internal", "flash_attention_2")
+    assert not scoring.agrees_with_plain_path(base, row)
