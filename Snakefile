@@ -13,8 +13,9 @@ OVERRIDES = config.get("overrides", {})
 FLAT = {name: params.resolve(ROOT, scale=SCALE, setting=name, overrides=OVERRIDES) for name in SETTINGS}
 OUT = f"runs/{SCALE}"
 CHAIN = OUT + "/{setting}/{order}/seed-{seed}"
-GPU = int(config.get("gpu", 0))  # with a GPU, one notebook at a time has it
-HALF = max(1, workflow.cores // 2)  # two chains side by side: one computes while the other starts its kernel
+GPUS = int(config.get("gpus", 0))
+GPU = min(GPUS, 1)  # a computing notebook takes one GPU for itself, where there are any
+SHARE = max(1, workflow.cores // max(2, GPUS))  # two chains side by side on a CPU: one computes while the other starts its kernel; else one a GPU
 
 
 wildcard_constraints:
@@ -66,6 +67,7 @@ def adapters(wildcards):
 
 
 NOTEBOOK = "python -m seqdpo_utils notebook {input.code[0]} {output.page} --label {params.label:q} --parameters {params.given:q}"
+COMPUTING = NOTEBOOK + " --gpu"
 
 
 rule all:
@@ -99,9 +101,9 @@ rule data_preparation:
         base=OUT + "/{setting}/scores/base.parquet",
         counts=OUT + "/{setting}/data/preparation.json",
     params: given=lambda w: given("01", w), label=lambda w: f"01 {w.setting}"
-    threads: HALF
+    threads: SHARE
     resources: gpu=GPU
-    shell: NOTEBOOK
+    shell: COMPUTING
 
 
 rule first_stage:
@@ -113,9 +115,9 @@ rule first_stage:
         CHAIN + "/scores/stage1.parquet",
         page=CHAIN + "/notebooks/02_first_stage.ipynb",
     params: given=lambda w: given("02", w), label=lambda w: f"02 {w.setting} {w.order} seed {w.seed}"
-    threads: HALF
+    threads: SHARE
     resources: gpu=GPU
-    shell: NOTEBOOK
+    shell: COMPUTING
 
 
 rule later_stage:
@@ -133,9 +135,9 @@ rule later_stage:
     params:
         given=lambda w: given("03", w, stage=int(w.stage)),
         label=lambda w: f"03 {w.setting} {w.order} seed {w.seed} stage {w.stage}",
-    threads: HALF
+    threads: SHARE
     resources: gpu=GPU
-    shell: NOTEBOOK
+    shell: COMPUTING
 
 
 rule evaluation:

@@ -12,5 +12,6 @@ The notebooks argue, this package computes. A module imports only from those abo
     metrics                  what the records say
     charts, summary          figures; tables across chains
     appendix                 rendered pages
+    plan                     what a study would run and need
     run                      papermill, Snakemake and the command line
 """

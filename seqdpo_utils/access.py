@@ -55,8 +55,7 @@ def source_fault(root: Path, flat: dict[str, Any]) -> str | None:
         return f"source {source!r} of {flat['setting']} has no folder {absent[0]!r}: the copy is not whole, or `subset` is wrong." if absent else None
     if not _HUB_ID.match(source):
         return f"source {source!r} of {flat['setting']} is not there: give the file or folder (from the project on), set rows to hub or embedded, or give a hub id."
-    in_cache = lambda: _source_in_cache(source, data_dir=inside[0] or None, revision=flat["revision"])  # noqa: E731
-    return _hub_fault(f"source of {flat['setting']}", source, revision=flat["revision"], kind="dataset", in_cache=in_cache)
+    return _hub_fault(f"source of {flat['setting']}", source, revision=flat["revision"], kind="dataset", in_cache=lambda: _source_in_cache(source))
 
 
 def _hub_fault(what: str, name: str, *, revision: str | None, kind: str, in_cache: Callable[[], bool]) -> str | None:
@@ -89,13 +88,12 @@ def _model_in_cache(name: str, revision: str | None) -> bool:
     return isinstance(config, str) and any(Path(config).parent.glob("*.safetensors"))
 
 
-def _source_in_cache(name: str, *, data_dir: str | None, revision: str | None) -> bool:
-    from datasets import load_dataset_builder
-    from datasets.exceptions import DatasetsError
+def _source_in_cache(name: str) -> bool:
+    from datasets.load import CachedDatasetModuleFactory  # what load_dataset itself turns to when the hub does not answer
 
     try:
-        load_dataset_builder(name, data_dir=data_dir, revision=revision)
-    except (OSError, ValueError, DatasetsError):
+        CachedDatasetModuleFactory(name).get_module()
+    except OSError:
         return False
     return True
 

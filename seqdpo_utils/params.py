@@ -43,7 +43,7 @@ class Scale(_Checked):
     base_model: str
     base_model_revision: str | None
     dtype: Literal["float32", "bfloat16"]
-    quantization: Literal["nf4", "int8"] | None
+    quantization: Literal["nf4"] | None
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     lora_rank: Count
     lora_alpha: Count

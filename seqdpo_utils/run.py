@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,41 @@ class _Progress(logging.Handler):
                 print(f"  {self.name_shown} | {line.strip()}", file=sys.stderr, flush=True)
 
 
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else every NVIDIA device by its number."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    return sorted((file.name.removeprefix("nvidia") for file in Path("/dev").glob("nvidia[0-9]*")), key=int)
+
+
+@contextmanager
+def one_gpu(folder: Path, gpus: list[str]) -> Iterator[str | None]:
+    """Hold one of `gpus` for a notebook, so that several chains run side by side, each on a GPU of its own.
+
+    A lock file in `folder` stands for a GPU; it is free again when the process ends, however it ends. Waits while all are taken.
+
+    Yields:
+        The GPU's name, which CUDA_VISIBLE_DEVICES holds meanwhile; None when there is none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for gpu in itertools.cycle(gpus):
+        lock = FileLock(folder / f".gpu-{gpu.replace('/', '-')}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            continue
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        try:
+            yield gpu
+        finally:
+            lock.release()
+            os.environ.pop("CUDA_VISIBLE_DEVICES") if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)
+        return
+    yield None
+
+
 def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, label: str) -> None:
     """Execute a notebook; `target` appears only when every cell ran.
 
@@ -174,24 +211,31 @@ def _commit(root: Path) -> dict[str, Any]:
     return {"commit": head.stdout.strip() or None, "dirty": bool(changes.stdout.strip())}
 
 
-def study(root: Path, *, scale: str, settings: list[str], seeds: list[int] | None, words: list[str], cores: int) -> int:
-    """Run everything that is missing or out of date, for the scale's own seeds when `seeds` is None; return the exit status.
+def _chosen(root: Path, *, scale: str, settings: list[str], seeds: list[int] | None, words: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """The checked parameters of every setting, and the seeds: the scale's own when None are given."""
+    overrides = params.parse_overrides(words)
+    chosen = [params.resolve(root, scale=scale, setting=setting, overrides=overrides) for setting in settings]
+    seeds = seeds or chosen[0]["seeds"]
+    for seed in seeds:
+        params.resolve(root, scale=scale, setting=settings[0], seed=seed, overrides=overrides)
+    return chosen, seeds
 
-    All parameters are checked first, then whether models, sources and room on the disk can be had. A lock refuses a second start on the same scale; the marks of a killed run are
+
+def study(root: Path, chosen: list[dict[str, Any]], *, seeds: list[int], overrides: dict[str, Any], cores: int) -> int:
+    """Run everything that is missing or out of date; return the exit status.
+
+    Whether models, sources and room on the disk can be had is checked first. A lock refuses a second start on the same scale; the marks of a killed run are
     cleared and its unfinished notebooks run again. What failed is listed last.
     """
-    overrides = params.parse_overrides(words)
-    seeds = seeds or params.resolve(root, scale=scale, setting=settings[0], overrides=overrides)["seeds"]
-    for setting, seed in itertools.product(settings, seeds):
-        params.resolve(root, scale=scale, setting=setting, seed=seed, overrides=overrides)
-    _check_access(root, [params.resolve(root, scale=scale, setting=setting, overrides=overrides) for setting in settings])
+    _check_access(root, chosen)
+    scale, settings = chosen[0]["scale"], [flat["setting"] for flat in chosen]
     results = root / "runs" / scale
     results.mkdir(parents=True, exist_ok=True)
-    gpu = int(Path("/dev/nvidia0").exists())
-    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpu": gpu}
+    gpus = len(visible_gpus())
+    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpus": gpus}
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root), "--cores", str(cores),
-        "--resources", f"gpu={gpu}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
+        "--resources", f"gpu={gpus}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
         "--keep-going", "--quiet", "rules", "host", "--configfile", str(write_json(results / ".study.json", config)),
     ]  # fmt: skip
     began, clock = time.time(), time.monotonic()
@@ -243,16 +287,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seqdpo_utils", description="Sequential DPO as a notebook study.")
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("study", help="run every notebook that is missing or out of date, then render the appendix")
-    whole.add_argument("--scale", default="classroom")
-    whole.add_argument("--settings", nargs="+", default=None)
-    whole.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the scale's own")
-    whole.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
     whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    ahead = commands.add_parser("plan", help="say what a study would run and need, and what is missing; nothing is downloaded or computed")
+    ahead.add_argument("--gpu", default="H100 80GB")
+    ahead.add_argument("--tokens", type=int, default=None, help="typical tokens of a pair, its prompt counted once")
+    for each in (whole, ahead):
+        each.add_argument("--scale", default="classroom")
+        each.add_argument("--settings", nargs="+", default=None)
+        each.add_argument("--seeds", nargs="+", type=int, default=None, help="in place of the scale's own")
+        each.add_argument("--set", nargs="*", default=[], dest="words", metavar="KEY=VALUE", help="parameters that win over the files")
     one = commands.add_parser("notebook", help="run one notebook through papermill")
     one.add_argument("source", type=Path)
     one.add_argument("target", type=Path)
     one.add_argument("--parameters", type=json.loads, required=True, help="the notebook's parameters as a JSON object")
     one.add_argument("--label", default="notebook")
+    one.add_argument("--gpu", action="store_true", help="hold a GPU of its own while it runs, where there is one")
     record = commands.add_parser("record", help="write run.json of a finished chain")
     record.add_argument("--parameters", type=json.loads, required=True, help="all parameters of the chain as a JSON object")
     model = commands.add_parser("model", help="build an embedded base model once")
@@ -275,11 +324,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(options: argparse.Namespace) -> int:
     root = project_root()
-    if options.command == "study":
+    if options.command in ("study", "plan"):
         settings = options.settings or sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))
-        return study(root, scale=options.scale, settings=settings, seeds=options.seeds, words=options.words, cores=options.cores)
-    if options.command == "notebook":
-        run_notebook(options.source, options.target, options.parameters, label=options.label)
+        chosen, seeds = _chosen(root, scale=options.scale, settings=settings, seeds=options.seeds, words=options.words)
+    if options.command == "study":
+        return study(root, chosen, seeds=seeds, overrides=params.parse_overrides(options.words), cores=options.cores)
+    if options.command == "plan":
+        from seqdpo_utils import plan
+
+        print("\n".join(plan.lines(root, chosen, seeds=seeds, gpu=options.gpu, tokens=options.tokens or plan.TYPICAL_TOKENS)))
+    elif options.command == "notebook":
+        with one_gpu(root / "runs", visible_gpus() if options.gpu else []):
+            run_notebook(options.source, options.target, options.parameters, label=options.label)
     elif options.command == "record":
         flat = options.parameters
         record_chain(RunPaths(root / "runs", flat["scale"], flat["setting"], flat["order"], flat["seed"]), flat, root=root)

@@ -209,6 +209,8 @@ def distrust(model: Any, rows: Sequence[PromptRow]) -> str | None:
     rounding of the model's dtype.
     """
     rows, bare = rows[:CHECKED_ROWS], bare_model(model)
+    if "flash" in bare.config._attn_implementation:
+        return _logged("flash attention takes no 4-D mask, so no shared prompts")
     try:
         sums = shared_sums(bare, rows, prefix=prefix_cache(bare, rows)).tolist()
     except torch.OutOfMemoryError:

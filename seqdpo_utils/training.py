@@ -5,13 +5,13 @@ ready-made, a pair's prompt is computed once, and at chosen steps the gradient o
 same weights (`ConflictAwareDPOTrainer`).
 """
 
+import copy
 import itertools
 import logging
 import math
 import shutil
 import time
 import types
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +38,6 @@ from seqdpo_utils.recording import records_of
 from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, completion_logps, distrust, pack_rows, rounding, sequence_logp
 
 logging.getLogger("trl").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""
@@ -399,7 +398,7 @@ def stage_trainer(
         base,
         args=dpo_config(parameters, pairs=len(rows), output_dir=output_dir),
         train_dataset=rows,
-        processing_class=tokenizer,
+        processing_class=copy.deepcopy(tokenizer),  # TRL gives a tokenizer without a pad token an existing token as one
         peft_config=lora_config(parameters),
         earlier=earlier,
         conflict_every=parameters["conflict_every"] if earlier else 0,

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 from collections import namedtuple
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
@@ -70,6 +71,14 @@ def test_a_cached_model_needs_no_hub(root, tmp_path, monkeypatch):
     assert "not in the local cache" in access.model_fault(root, "someone/model"), "a configuration without weights is no model"
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert access.model_fault(root, "someone/model") is None
+
+
+def test_rows_that_were_read_before_need_no_hub(root, flat, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "auth_check", answer(httpx.ConnectError("no route")))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert "cannot be reached" in access.source_fault(root, flat | {"source": "someone/rows"})
+    (tmp_path / "someone___rows" / "default" / "0.0.0" / "abc").mkdir(parents=True)
+    assert access.source_fault(root, flat | {"source": "someone/rows"}) is None
 
 
 def test_local_folders_that_are_absent_or_not_whole_are_named(root, flat, tmp_path):

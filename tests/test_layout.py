@@ -27,6 +27,7 @@ LAYERS = [
     "summary",
     "appendix",
     "bench",
+    "plan",
     "run",
     "__main__",
 ]

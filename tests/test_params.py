@@ -26,7 +26,7 @@ def test_scale_then_setting_then_order_then_command_line(root):
         ({"layout": "alpaca"}, ["layout", "hh_rlhf", "'alpaca'"]),
         ({"seeds": []}, ["seeds", "at least 1"]),
         ({"seeds": [-1]}, ["seeds", "greater than or equal to 0"]),
-        ({"quantization": "fp4"}, ["quantization", "'nf4'", "'int8'"]),
+        ({"quantization": "fp4"}, ["quantization", "'nf4'"]),
         ({"attention": "flash"}, ["attention", "flash_attention_2"]),
         ({"subset": "../elsewhere"}, ["subset", "'../elsewhere'"]),
         ({"subset": "/tmp"}, ["subset", "'/tmp'"]),

@@ -1,4 +1,6 @@
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,41 @@ def test_a_killed_kernel_is_told_apart(tmp_path, root, monkeypatch):
     source = save(tmp_path / "dead.ipynb", "beta = 1.0", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(StudyError, match="the kernel died, most often for want of memory"):
         run.run_notebook(source, tmp_path / "dead-out.ipynb", {}, label="dead")
+
+
+@pytest.mark.parametrize(("value", "names"), [("", []), ("3", ["3"]), ("0, 2", ["0", "2"]), ("GPU-1a,GPU-2b", ["GPU-1a", "GPU-2b"])])
+def test_visible_gpus_are_those_that_the_environment_names(monkeypatch, value, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert run.visible_gpus() == names
+
+
+def test_every_notebook_holds_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    with run.one_gpu(tmp_path, ["4", "7"]) as first:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == first == "4"
+        with run.one_gpu(tmp_path, ["4", "7"]) as second:
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == second == "7"
+        with pytest.raises(KeyError), run.one_gpu(tmp_path, ["4", "7"]):
+            raise KeyError
+        with run.one_gpu(tmp_path, ["4", "7"]) as again:
+            assert again == "7", "free again after a failure"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
+    with run.one_gpu(tmp_path, []) as none:
+        assert none is None
+
+
+def test_a_notebook_waits_while_every_gpu_is_taken(tmp_path):
+    """Three processes and two GPUs: at no time are more than two inside, and no GPU is held twice."""
+    program = (
+        "import sys, time, pathlib; from seqdpo_utils import run\n"
+        "with run.one_gpu(pathlib.Path(sys.argv[1]), ['0', '1']) as gpu:\n"
+        "    began = time.time(); time.sleep(2); print(gpu, began, time.time())"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    held = sorted((float(began), float(ended), gpu) for gpu, began, ended in (process.communicate()[0].split() for process in started))
+    assert len(held) == 3
+    for earlier, later in itertools.combinations(held, 2):
+        assert earlier[2] != later[2] or later[0] >= earlier[1]
 
 
 @pytest.mark.parametrize(

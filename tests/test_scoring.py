@@ -126,3 +126,11 @@ def test_many_head_rows_are_computed_in_pieces(base, monkeypatch):
     assert sizes[0] == len(packed.target) and max(sizes[1:]) == 3 and sum(sizes[1:]) == len(packed.target)
     assert torch.allclose(whole, pieces, atol=1e-5)
     assert torch.allclose(gradient, same_gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_flash_attention_is_never_asked_for_the_shared_prompt_pass(base, monkeypatch):
+    """Its kernels take no 4-D mask: such a model is scored on padded rows."""
+    row = scoring.PromptRow([5, 6, 7], [[8, 9], [10]])
+    assert scoring.distrust(base, [row]) is None
+    monkeypatch.setattr(base.config, "_attn_implementation_internal", "flash_attention_2")
+    assert "no 4-D mask" in scoring.distrust(base, [row])

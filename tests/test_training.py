@@ -1,6 +1,7 @@
 """DPO stages against TRL itself, the reference proof against every wrong reference, the measurement against brute force."""
 
 import copy
+import importlib.util
 import shutil
 
 import numpy as np
@@ -297,3 +298,32 @@ def test_seed_and_nothing_else_rules_the_run(root, tokenizer, parameters, tmp_pa
         trainer.train()
         weights.append(torch.cat([p.flatten() for p in adapter_of(trainer).values()]))
     assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
+
+
+def test_a_quantised_base_is_its_own_reference(root, tokenizer, parameters, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = models.load_base(root, models.TINY, dtype="float32", quantization="nf4")
+    rows, scores = rows_for(model, random_pairs(8))
+    whole = rows_for(fresh(root), random_pairs(8))[1]
+    assert (scores["chosen_logp"] - whole["chosen_logp"]).abs().max() > 0.1, "four bits are not the whole weights"
+    trainer = training.stage_trainer(model, tokenizer, rows, parameters=parameters, output_dir=tmp_path)
+    training.prove_reference(trainer, scores)
+    trainer.train()
+    assert training.history_table(trainer)["loss"].iloc[0] == pytest.approx(np.log(2), abs=1e-3)
+    assert any(p.abs().max() > 0 for name, p in adapter_of(trainer).items() if "lora_B" in name)
+
+
+def test_quantization_without_its_package_is_one_sentence_with_the_remedy(root):
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(StudyError, match=r"base model .* could not be loaded: .*bitsandbytes"):
+        models.load_base(root, models.TINY, dtype="float32", quantization="nf4")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sums_do_not_depend_on_the_attention_kernel(root, scored, attention):
+    pairs, scores = scored
+    again = scoring.score_pairs(
+        models.load_base(root, models.TINY, dtype="float32", attention=attention), pair_table(8), pairs, checkpoint="base", token_budget=128
+    )
+    assert np.allclose(again[["chosen_logp", "rejected_logp"]], scores[["chosen_logp", "rejected_logp"]], rtol=1e-4)
