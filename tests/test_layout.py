@@ -19,6 +19,7 @@ LAYERS = [
     "models",
     "scoring",
     "mechanics",
+    "ledger",
     "training",
     "metrics",
     "charts",
