@@ -169,6 +169,52 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
     return pd.DataFrame(rows).astype({"layer": "Int64", "cosine": "Float64"})
 
 
+def update_subspaces(move: tuple[Tensor, Tensor, Tensor, Tensor], *, leading: int) -> tuple[Tensor, Tensor]:
+    """Leading left and right singular vectors of B'A' - BA, by QR of the thin factors and the SVD of a core of at most 2r by 2r; no (out, in) matrix is formed.
+
+    Args:
+        move: (A, B, A', B').
+        leading: how many vectors at most; directions that the move does not have (singular values at rounding) are left out.
+
+    Returns:
+        Left (output side) of shape (out, k) and right (input side) of shape (in, k), orthonormal columns, k at most `leading`.
+    """
+    a1, b1, a2, b2 = move
+    left, upper = torch.linalg.qr(torch.cat([b2 - b1, b1], dim=1))
+    right, lower = torch.linalg.qr(torch.cat([a2, a2 - a1], dim=0).T)
+    u, sizes, v = torch.linalg.svd(upper @ lower.T)
+    kept = min(leading, int((sizes > 1e-10 * sizes[0]).sum()))
+    return left @ u[:, :kept], right @ v[:kept].T
+
+
+def subspace_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, rank: int) -> pd.DataFrame:
+    """How far the updates of two stages live in the same directions: principal angles between their leading singular subspaces, matrix by matrix.
+
+    Args:
+        checkpoints: name to `load_lora`, in the order of training, the start included.
+        rank: of the adapter; so many leading directions of each update are compared.
+
+    Returns:
+        One row a matrix, side ("left": what the layer writes, "right": what it reads) and two moves: `from_checkpoint`, `to_checkpoint`, `other_from`, `other_to`,
+        `layer`, `module`, `side`, `directions` (k), `dimension` (d), `overlap` (mean squared cosine of the k principal angles: 1 the same subspace, 0
+        orthogonal), `random` (its expectation k / d for random subspaces); `overlap` is null when a move is zero.
+    """
+    moves = list(itertools.pairwise(checkpoints))
+    rows = []
+    for path in next(iter(checkpoints.values())):
+        layer, module = place_of(path)
+        spaces = [update_subspaces((*checkpoints[x][path], *checkpoints[y][path]), leading=rank) for x, y in moves]
+        for i, j in itertools.combinations(range(len(moves)), 2):
+            for side, one, other in zip(("left", "right"), spaces[i], spaces[j], strict=True):
+                k, d = min(one.shape[1], other.shape[1]), len(one)
+                overlap = float((one[:, :k].T @ other[:, :k]).square().sum()) / k if k else None
+                rows.append(
+                    {"from_checkpoint": moves[i][0], "to_checkpoint": moves[i][1], "other_from": moves[j][0], "other_to": moves[j][1], "layer": layer,
+                     "module": module, "side": side, "directions": k, "dimension": d, "overlap": overlap, "random": k / d}
+                )  # fmt: skip
+    return pd.DataFrame(rows).astype({"layer": "Int64", "overlap": "Float64"})
+
+
 def conflict_verdict(conflict: pd.DataFrame) -> dict[str, Any]:
     """What the measured cosines allow one to say, from t intervals over the measured steps.
 
