@@ -22,6 +22,7 @@ LAYERS = [
     "ledger",
     "training",
     "metrics",
+    "rivals",
     "charts",
     "summary",
     "appendix",

@@ -113,11 +113,11 @@ def test_an_edit_planted_in_one_matrix_is_found_there():
 
 
 def conflict(cross: float, within: float, *, within_new: float | None = None, steps: int = 12, width: float = 0.02) -> pd.DataFrame:
-    noise = np.random.default_rng(0).normal(0, width, (2, steps))
+    noise = np.random.default_rng(0).normal(0, width, (3, steps))
     noise -= noise.mean(axis=1, keepdims=True)
     nothing = dict.fromkeys(("cross_product", "within_new", "within_old"), [None] * steps)
     new = within if within_new is None else within_new
-    return pd.DataFrame({"matched_cosine": cross + noise[0], "within_cosine": within + noise[1], "within_new_cosine": new - noise[1]} | nothing)
+    return pd.DataFrame({"matched_cosine": cross + noise[0], "within_cosine": within + noise[1], "within_new_cosine": new + noise[2]} | nothing)
 
 
 @pytest.mark.parametrize(
