@@ -1,25 +1,16 @@
-"""Rival explanations of a lost preference, from forward passes only: displaced likelihood, drift from the base, length.
+"""Rival explanations of a lost preference: displaced likelihood, drift from the base, length.
 
 A margin can shrink without any conflict of objectives: because chosen and rejected answers lose probability together (likelihood displacement, Razin et al.
 2024, arXiv 2410.08847), because the policy drifts from the base in general, or because a stage moves with the length of answers. Intervals resample prompts.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
-from torch import Tensor
 
-from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.metrics import interval, pair_change, relative_wins, resampled_means
-from seqdpo_utils.scoring import PackedRows, PromptRow, agrees_with_plain_path, pack_rows
-
-KL_ROWS = 128
-"""Positions whose two full distributions exist at one time: twice KL_ROWS x vocabulary numbers of eight bytes."""
 
 
 def displacement(records: pd.DataFrame, *, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -58,61 +49,11 @@ def _with_bounds(measures: dict[str, pd.Series], prompts: pd.Series, *, resample
     return row
 
 
-def base_divergence(model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPair], *, checkpoint: str) -> pd.DataFrame:
-    """KL(policy || base) over the whole vocabulary, averaged over the positions that predict a completion's tokens.
-
-    It is taken along the data's answers, not along samples of the policy: how far the two models differ on these texts. Policy and base are
-    the same model, adapter on and off.
-
-    Args:
-        model: under PEFT, in evaluation mode.
-        pairs: `pair_id`, `prompt_id`, `objective`, one row a pair.
-        encoded: the token ids of the same pairs, in the same order.
-        checkpoint: name of the policy.
-
-    Returns:
-        One row a completion: `pair_id`, `prompt_id`, `objective`, `checkpoint`, `side` ("chosen", "rejected"), `tokens`, `kl` (nats a token).
-    """
-    rows = []
-    together = bool(encoded) and agrees_with_plain_path(model, PromptRow(encoded[0].prompt, [encoded[0].chosen, encoded[0].rejected]))
-    for pair, ids in zip(pairs[["pair_id", "prompt_id", "objective"]].to_dict("records"), encoded, strict=True):
-        answers = [ids.chosen, ids.rejected]
-        # a model that ignores the mask gets one answer at a time, where the mask is the usual one
-        packed = [PromptRow(ids.prompt, answers)] if together else [PromptRow(ids.prompt, [answer]) for answer in answers]
-        kl = torch.cat([_divergences(model, pack_rows([row])) for row in packed])
-        means = [float(part.mean()) for part in kl.split([len(answer) for answer in answers])]
-        for side, answer, mean in zip(("chosen", "rejected"), answers, means, strict=True):
-            rows.append(pair | {"checkpoint": checkpoint, "side": side, "tokens": len(answer), "kl": mean})
-    return pd.DataFrame(rows, columns=["pair_id", "prompt_id", "objective", "checkpoint", "side", "tokens", "kl"])
-
-
-def _divergences(model: Any, packed: PackedRows) -> Tensor:
-    """KL(policy || base) at each scored position, shape (N), double precision."""
-    bare = model.get_base_model()
-    head, packed = bare.get_output_embeddings(), packed.to(next(bare.parameters()).device)
-
-    def states() -> Tensor:
-        hidden = bare.base_model(input_ids=packed.ids, attention_mask=packed.mask, position_ids=packed.positions, use_cache=False).last_hidden_state
-        return hidden.reshape(-1, hidden.shape[-1])[packed.source]
-
-    pieces = []
-    with torch.inference_mode():
-        on = states()
-        with model.disable_adapter():
-            off = states()
-        for policy_state, base_state in zip(on.split(KL_ROWS), off.split(KL_ROWS), strict=True):
-            policy = head(policy_state).double()
-            with model.disable_adapter():  # the head too may carry an adapter
-                base = head(base_state).double()
-            pieces.append((torch.softmax(policy, 1) * (policy - base)).sum(1) - policy.logsumexp(1) + base.logsumexp(1))
-    return torch.cat(pieces)
-
-
 def divergence_table(divergence: pd.DataFrame, *, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
     """Mean KL from the base for each checkpoint and objective, with an interval.
 
     Args:
-        divergence: from `base_divergence`, checkpoints one below the other.
+        divergence: from `divergence.base_divergence`, checkpoints one below the other.
 
     Returns:
         `checkpoint`, `objective`, `n_pairs`, `kl`, `kl_low`, `kl_high`, in nats a token; an answer counts once, whatever its length.

@@ -18,6 +18,7 @@ LAYERS = [
     "data",
     "models",
     "scoring",
+    "divergence",
     "mechanics",
     "ledger",
     "training",

@@ -8,7 +8,7 @@ from conftest import random_pairs
 from peft import get_peft_model
 from scipy import stats
 
-from seqdpo_utils import metrics, models, rivals, scoring
+from seqdpo_utils import divergence, metrics, models, rivals, scoring
 
 
 def records(**logps) -> pd.DataFrame:
@@ -64,9 +64,9 @@ def pairs_and_names(count: int):
 
 @pytest.mark.parametrize("chunk", [1, 128])
 def test_divergence_equals_brute_force(policy, monkeypatch, chunk):
-    monkeypatch.setattr(rivals, "KL_ROWS", chunk)
+    monkeypatch.setattr(divergence, "KL_ROWS", chunk)
     encoded, pairs = pairs_and_names(4)
-    table = rivals.base_divergence(policy, pairs, encoded, checkpoint="stage1")
+    table = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")
     expected = [by_hand(policy, pair.prompt, answer) for pair in encoded for answer in (pair.chosen, pair.rejected)]
     assert table["kl"].tolist() == pytest.approx(expected, rel=1e-4)
     assert table["kl"].min() > 0.01
@@ -76,11 +76,11 @@ def test_divergence_equals_brute_force(policy, monkeypatch, chunk):
 
 def test_divergence_of_a_model_that_ignores_the_mask_is_taken_one_answer_at_a_time(policy, monkeypatch):
     encoded, pairs = pairs_and_names(3)
-    together = rivals.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
+    together = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
     rows = []
-    monkeypatch.setattr(rivals, "agrees_with_plain_path", lambda *_: False)
-    monkeypatch.setattr(rivals, "pack_rows", lambda given: rows.extend(given) or scoring.pack_rows(given))
-    alone = rivals.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
+    monkeypatch.setattr(divergence, "agrees_with_plain_path", lambda *_: False)
+    monkeypatch.setattr(divergence, "pack_rows", lambda given: rows.extend(given) or scoring.pack_rows(given))
+    alone = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
     assert [len(row.completions) for row in rows] == [1] * 6
     assert np.allclose(together, alone, rtol=1e-4)
 
@@ -88,9 +88,9 @@ def test_divergence_of_a_model_that_ignores_the_mask_is_taken_one_answer_at_a_ti
 def test_an_adapter_that_did_not_move_has_no_divergence(base, parameters):
     encoded, pairs = pairs_and_names(2)
     model = get_peft_model(base, models.lora_config(parameters)).eval()
-    table = rivals.base_divergence(model, pairs, encoded, checkpoint="stage0")
+    table = divergence.base_divergence(model, pairs, encoded, checkpoint="stage0")
     assert table["kl"].abs().max() < 1e-9
-    assert rivals.base_divergence(model, pairs.head(0), [], checkpoint="stage0").empty
+    assert divergence.base_divergence(model, pairs.head(0), [], checkpoint="stage0").empty
 
 
 def test_divergences_are_averaged_with_an_interval_over_prompts():
