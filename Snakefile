@@ -57,7 +57,7 @@ def last_stage(wildcards):
 def stage_files(folder):
     """Parquet files of all stages of a chain in `folder`."""
     def files(wildcards):
-        first = 2 if folder == "conflict" else 1
+        first = 2 if folder in ("conflict", "ledger") else 1
         return [f"{CHAIN.format(**wildcards)}/{folder}/stage{k}.parquet" for k in range(first, last_stage(wildcards) + 1)]
     return files
 
@@ -113,6 +113,7 @@ rule first_stage:
         CHAIN + "/checkpoints/stage1/manifest.json",
         CHAIN + "/history/stage1.parquet",
         CHAIN + "/scores/stage1.parquet",
+        CHAIN + "/tables/kl_stage1.parquet",
         page=CHAIN + "/notebooks/02_first_stage.ipynb",
     params: given=lambda w: given("02", w), label=lambda w: f"02 {w.setting} {w.order} seed {w.seed}"
     threads: SHARE
@@ -130,7 +131,9 @@ rule later_stage:
         CHAIN + "/checkpoints/stage{stage,[2-9]}/manifest.json",
         CHAIN + "/history/stage{stage,[2-9]}.parquet",
         CHAIN + "/conflict/stage{stage,[2-9]}.parquet",
+        CHAIN + "/ledger/stage{stage,[2-9]}.parquet",
         CHAIN + "/scores/stage{stage,[2-9]}.parquet",
+        CHAIN + "/tables/kl_stage{stage,[2-9]}.parquet",
         page=CHAIN + "/notebooks/03_later_stage-{stage,[2-9]}.ipynb",
     params:
         given=lambda w: given("03", w, stage=int(w.stage)),
@@ -155,8 +158,18 @@ rule pair_diagnostics:
 
 
 rule mechanistic_diagnostics:
-    input: code=needs("06"), adapters=adapters, conflict=stage_files("conflict"), base=rules.data_preparation.output.base, scores=stage_files("scores")
-    output: CHAIN + "/movement.parquet", CHAIN + "/tables/log_probabilities.parquet", page=CHAIN + "/notebooks/06_mechanistic_diagnostics.ipynb"
+    input:
+        code=needs("06"),
+        adapters=adapters,
+        conflict=stage_files("conflict"),
+        ledger=stage_files("ledger"),
+        base=rules.data_preparation.output.base,
+        scores=stage_files("scores"),
+        drift=lambda w: [f"{CHAIN.format(**w)}/tables/kl_stage{k}.parquet" for k in range(1, last_stage(w) + 1)],
+    output:
+        CHAIN + "/movement.parquet",
+        expand(CHAIN + "/tables/{name}.parquet", name=["subspace", "ledger", "displacement", "log_probabilities", "kl", "length"], allow_missing=True),
+        page=CHAIN + "/notebooks/06_mechanistic_diagnostics.ipynb",
     params: given=lambda w: given("06", w), label=lambda w: f"06 {w.setting} {w.order} seed {w.seed}"
     shell: NOTEBOOK
 

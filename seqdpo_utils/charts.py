@@ -141,22 +141,80 @@ def learning_curves(history: pd.DataFrame, *, stage: int, caption: str) -> alt.C
     )  # fmt: skip
 
 
-def conflict_over_steps(conflict: pd.DataFrame, *, caption: str) -> alt.Chart:
-    """Cosine between new and old gradient beside the cosine of two halves of the old objective alone."""
-    names = {"matched_cosine": "new against old objective", "within_cosine": "old objective against itself"}
-    keys = ["step", "stage", "previous_objective"]
-    long = conflict.melt(keys, list(names), var_name="kind", value_name="value").replace({"kind": names})
-    scale = alt.Scale(domain=list(names.values()), range=[STAGE_COLOURS[2], GREY])
-    points = alt.Chart(long).mark_line(point=alt.OverlayMarkDef(size=50)).encode(
-        x=alt.X("step:Q", axis=alt.Axis(tickMinStep=1), title="optimiser step of the later stage"),
-        y=alt.Y("value:Q", scale=alt.Scale(domainMin=min(-0.3, conflict[list(names)].min().min()), domainMax=max(0.3, conflict[list(names)].max().max())),
-                title="cosine of gradients"),
-        color=alt.Color("kind:N", scale=scale, title=None, legend=alt.Legend(orient="bottom", labelLimit=300)),
-        detail=["stage:N", "previous_objective:N"],
+def conflict_over_steps(conflict: pd.DataFrame, *, band: tuple[float | None, float | None], caption: str) -> alt.Chart:
+    """Cosine of new against old halves at each measured step, beside what halves of one objective give among themselves.
+
+    Args:
+        conflict: rows with `step`, `stage`, `previous_objective`, `matched_cosine`, `within_cosine`, `within_new_cosine`.
+        band: interval of the mean cosine within an objective, drawn behind the points; None twice when there is none.
+        caption: what the measurements say.
+    """
+    names = {
+        "matched_cosine": "new against old objective",
+        "within_cosine": "old objective against itself",
+        "within_new_cosine": "new objective against itself",
+    }
+    long = conflict.melt(["step", "stage", "previous_objective"], list(names), var_name="kind", value_name="value").replace({"kind": names})
+    long = long.astype({"value": float}).dropna(subset=["value"])
+    x = alt.X("step:Q", axis=alt.Axis(tickMinStep=1), title="optimiser step of the later stage")
+    y = alt.Y(
+        "value:Q",
+        scale=alt.Scale(domainMin=min(-0.3, long["value"].min()), domainMax=max(0.3, long["value"].max())),
+        title="cosine of gradients of half batches",
+    )
+    colour = alt.Color(
+        "kind:N", scale=alt.Scale(domain=list(names.values()), range=[STAGE_COLOURS[2], GREY, "#b0bec5"]), title=None,
+        legend=alt.Legend(orient="bottom", labelLimit=300),
     )  # fmt: skip
-    return (_zero("y") + points).properties(
+    detail = ["stage:N", "previous_objective:N"]
+    points = alt.Chart(long).mark_point(filled=True, size=50, opacity=1).encode(x=x, y=y, color=colour, detail=detail)
+    line = alt.Chart(long[long["kind"] == names["matched_cosine"]]).mark_line().encode(x=x, y=y, color=colour, detail=detail)
+    layers = [_zero("y"), line, points]
+    if band[0] is not None:
+        layers.insert(0, alt.Chart(pd.DataFrame({"low": [band[0]], "high": [band[1]]})).mark_rect(color=GREY, opacity=0.18).encode(y="low:Q", y2="high:Q"))
+    return alt.layer(*layers).properties(
         width=WIDTH, height=230, title=_title("Do the gradients oppose each other?", caption),
-        description=f"Cosine of the new and the old objective's gradient at each measured step, beside the within-objective cosine. {caption}",
+        description=f"Cosine of the new and the old objective's gradient at each measured step, beside cosines within each objective, whose mean has the grey band. {caption}",
+    )  # fmt: skip
+
+
+def ledger_waterfall(bars: pd.DataFrame, *, by: str, caption: str) -> alt.Chart:
+    """Bars from zero to the measured change of the earlier objective's loss. `bars`: from `ledger.waterfall`; `by`: what a bar stands for."""
+    kinds = {"raised the loss": NEGATIVE, "lowered the loss": POSITIVE, "rest": "#b0bec5", "measured": INK}
+    raised = (bars["end"] >= bars["start"]).map({True: "raised the loss", False: "lowered the loss"})
+    drawn = bars.assign(kind=bars["kind"].where(bars["kind"] != "entry", raised))
+    chart = alt.Chart(drawn).mark_bar().encode(
+        x=alt.X("part:N", sort=None, title=by, axis=alt.Axis(labelAngle=0 if len(bars) < 12 else -90)),
+        y=alt.Y("start:Q", title="change of the earlier loss (nats)"),
+        y2="end:Q",
+        color=alt.Color("kind:N", scale=alt.Scale(domain=list(kinds), range=list(kinds.values())), title=None, legend=alt.Legend(orient="bottom")),
+    )  # fmt: skip
+    return (_zero("y") + chart).properties(
+        width=WIDTH, height=210, title=_title(f"Which {by.partition(' ')[0]} changed the earlier objective's loss?", caption),
+        description=f"Waterfall of the ledger's entries by {by}, then the rest and the measured change. {caption}",
+    )  # fmt: skip
+
+
+def displaced_likelihood(table: pd.DataFrame, *, objectives: Sequence[str], caption: str) -> alt.Chart:
+    """What chosen and rejected answers gained over the base at each checkpoint, a panel an objective. `table`: rows of `rivals.displacement` from the base."""
+    sides = {"chosen": POSITIVE, "rejected": NEGATIVE}
+    keys = ["objective", "to_checkpoint"]
+    long = pd.concat(
+        [table[[*keys, side, f"{side}_low", f"{side}_high"]].set_axis([*keys, "change", "low", "high"], axis=1).assign(side=side) for side in sides]
+    )
+    base = alt.Chart(long).encode(
+        x=alt.X("to_checkpoint:N", sort=None, title="checkpoint", axis=alt.Axis(labelAngle=0)),
+        xOffset=alt.XOffset("side:N", scale=alt.Scale(paddingOuter=0.42)),
+        color=alt.Color("side:N", scale=alt.Scale(domain=list(sides), range=list(sides.values())), title=None),
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="change of summed log-probability (nats)"), y2="high:Q")
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(y="change:Q")
+    zero = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(y=alt.datum(0), color=alt.value(GREY))
+    return alt.layer(zero, bars, points).properties(width=220, height=200).facet(
+        column=alt.Column("objective:N", sort=list(objectives), title=None)
+    ).properties(
+        title=_title("Did the chosen answer lose, or the rejected one gain?", caption),
+        description=f"Change of the log-probability of chosen and of rejected answers against the base, with 95 % intervals. {caption}",
     )  # fmt: skip
 
 

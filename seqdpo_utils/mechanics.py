@@ -19,7 +19,7 @@ from seqdpo_utils.paths import StudyError
 
 CONFLICT_COLUMNS = (
     "step", "stage", "previous_objective", "loss_new", "loss_old", "norm_new", "norm_old", "dot", "cosine", "matched_cosine",
-    "within_cosine", "corrected_cosine", "cross_product", "within_new", "within_old", "ledger",
+    "within_cosine", "within_new_cosine", "corrected_cosine", "cross_product", "within_new", "within_old", "ledger",
 )  # fmt: skip
 _LORA_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.")
@@ -45,35 +45,47 @@ def conflict_row(
 ) -> dict[str, float | None]:
     """What one measurement says of two gradients at the same weights.
 
+    Noise shrinks a cosine, and the more so the fewer pairs are behind a gradient. So halves are compared with halves, across the objectives and within
+    each: with as many pairs in a half on both sides the three numbers are shrunk alike.
+
     Args:
         new: gradient of the current objective on the whole batch.
         new_halves: its two halves (any common scale), or None when the batch was not accumulated in an even number of parts.
         old_halves: gradients of the earlier objective on two disjoint halves of its batch; their mean is the whole.
 
     Returns:
-        `norm_new`, `norm_old`, `dot`, `cosine` (whole against whole); `within_cosine` (the two halves of the earlier objective) and `matched_cosine`
-        (the new gradient against each half, averaged: the number to hold beside it, since noise shrinks both alike when a half has as many pairs as the new
-        batch); `cross_product`, `within_new`, `within_old` and from them `corrected_cosine`. None where undefined or not estimable.
+        `norm_new`, `norm_old`, `dot`, `cosine` (whole against whole); `matched_cosine` (mean of the four cosines of a new half with an old half),
+        `within_cosine` (the two old halves), `within_new_cosine` (the two new halves); `cross_product`, `within_new`, `within_old` (the same three as
+        products) and from them `corrected_cosine`. None where undefined or not estimable; without new halves all that needs them.
     """
     old_a, old_b = old_halves
     old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]
     square_new, square_old, product = dot(new, new), dot(old, old), dot(new, old)
-    matched = [cosine(dot(new, half), square_new, dot(half, half)) for half in old_halves]
+    square_a, square_b, within_old = dot(old_a, old_a), dot(old_b, old_b), dot(old_a, old_b)
     row = {
         "norm_new": square_new**0.5,
         "norm_old": square_old**0.5,
         "dot": product,
         "cosine": cosine(product, square_new, square_old),
-        "matched_cosine": None if None in matched else sum(matched) / 2,
-        "within_cosine": cosine(dot(old_a, old_b), dot(old_a, old_a), dot(old_b, old_b)),
-        "within_old": dot(old_a, old_b),
+        "within_cosine": cosine(within_old, square_a, square_b),
+        "within_old": within_old,
     }
     if new_halves is None:
-        return row | {"cross_product": None, "within_new": None, "corrected_cosine": None}
-    new_a, new_b = new_halves
-    cross = (dot(new_a, old_a) + dot(new_a, old_b) + dot(new_b, old_a) + dot(new_b, old_b)) / 4
-    within_new = dot(new_a, new_b)
-    return row | {"cross_product": cross, "within_new": within_new, "corrected_cosine": cosine(cross, within_new, row["within_old"])}
+        return row | dict.fromkeys(("matched_cosine", "within_new_cosine", "cross_product", "within_new", "corrected_cosine"))
+    squares = [dot(half, half) for half in new_halves]
+    within_new = dot(*new_halves)
+    products = [
+        (dot(new_half, old_half), x, y) for new_half, x in zip(new_halves, squares, strict=True) for old_half, y in ((old_a, square_a), (old_b, square_b))
+    ]
+    matched = [cosine(*each) for each in products]
+    cross = sum(each[0] for each in products) / 4
+    return row | {
+        "matched_cosine": None if None in matched else sum(matched) / 4,
+        "within_new_cosine": cosine(within_new, *squares),
+        "cross_product": cross,
+        "within_new": within_new,
+        "corrected_cosine": cosine(cross, within_new, within_old),
+    }
 
 
 def pooled_corrected_cosine(conflict: pd.DataFrame) -> float | None:
@@ -157,31 +169,82 @@ def movement_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, 
     return pd.DataFrame(rows).astype({"layer": "Int64", "cosine": "Float64"})
 
 
+def update_subspaces(move: tuple[Tensor, Tensor, Tensor, Tensor], *, leading: int) -> tuple[Tensor, Tensor]:
+    """Leading left and right singular vectors of B'A' - BA, by QR of the thin factors and the SVD of a core of at most 2r by 2r; no (out, in) matrix is formed.
+
+    Args:
+        move: (A, B, A', B').
+        leading: how many vectors at most; directions that the move does not have (singular values at rounding) are left out.
+
+    Returns:
+        Left (output side) of shape (out, k) and right (input side) of shape (in, k), orthonormal columns, k at most `leading`.
+    """
+    a1, b1, a2, b2 = move
+    left, upper = torch.linalg.qr(torch.cat([b2 - b1, b1], dim=1))
+    right, lower = torch.linalg.qr(torch.cat([a2, a2 - a1], dim=0).T)
+    u, sizes, v = torch.linalg.svd(upper @ lower.T)
+    kept = min(leading, int((sizes > 1e-10 * sizes[0]).sum()))
+    return left @ u[:, :kept], right @ v[:kept].T
+
+
+def subspace_table(checkpoints: dict[str, dict[str, tuple[Tensor, Tensor]]], *, rank: int) -> pd.DataFrame:
+    """How far the updates of two stages live in the same directions: principal angles between their leading singular subspaces, matrix by matrix.
+
+    Args:
+        checkpoints: name to `load_lora`, in the order of training, the start included.
+        rank: of the adapter; so many leading directions of each update are compared.
+
+    Returns:
+        One row a matrix, side ("left": what the layer writes, "right": what it reads) and two moves: `from_checkpoint`, `to_checkpoint`, `other_from`, `other_to`,
+        `layer`, `module`, `side`, `directions` (k), `dimension` (d), `overlap` (mean squared cosine of the k principal angles: 1 the same subspace, 0
+        orthogonal), `random` (its expectation k / d for random subspaces); `overlap` is null when a move is zero.
+    """
+    moves = list(itertools.pairwise(checkpoints))
+    rows = []
+    for path in next(iter(checkpoints.values())):
+        layer, module = place_of(path)
+        spaces = [update_subspaces((*checkpoints[x][path], *checkpoints[y][path]), leading=rank) for x, y in moves]
+        for i, j in itertools.combinations(range(len(moves)), 2):
+            for side, one, other in zip(("left", "right"), spaces[i], spaces[j], strict=True):
+                k, d = min(one.shape[1], other.shape[1]), len(one)
+                overlap = float((one[:, :k].T @ other[:, :k]).square().sum()) / k if k else None
+                rows.append(
+                    {"from_checkpoint": moves[i][0], "to_checkpoint": moves[i][1], "other_from": moves[j][0], "other_to": moves[j][1], "layer": layer,
+                     "module": module, "side": side, "directions": k, "dimension": d, "overlap": overlap, "random": k / d}
+                )  # fmt: skip
+    return pd.DataFrame(rows).astype({"layer": "Int64", "overlap": "Float64"})
+
+
 def conflict_verdict(conflict: pd.DataFrame) -> dict[str, Any]:
     """What the measured cosines allow one to say, from t intervals over the measured steps.
 
     The steps are those of one run and not independent, so the intervals are a guide. "opposed" and "aligned" need the interval of the matched cosine on
-    one side of zero; "near-orthogonal" needs it to cover zero while the earlier objective agrees with itself clearly more than with the new one.
+    one side of zero; "near-orthogonal" needs it to cover zero while each of the two objectives agrees with itself clearly more than with the other: an
+    objective whose own batches do not agree cannot tell a foreign gradient from noise.
 
     Returns:
-        `cross` (the matched cosine) and `within`: mean, low, high each, None where missing; `corrected`: the pooled estimate or None;
-        `steps`; and `verdict`: "opposed", "aligned", "near-orthogonal", "cannot be decided at this size" or "not measured".
+        `cross` (the matched cosine), `within` (mean of the two below), `within_old`, `within_new`: mean, low, high each, None where missing; `corrected`:
+        the pooled estimate or None; `steps`: measurements, `compared`: those with halves on both sides; and `verdict`: "opposed", "aligned",
+        "near-orthogonal", "cannot be decided at this size", "no halves to compare" (no batch was accumulated in an even number of parts) or "not measured".
     """
-    columns = conflict[["matched_cosine", "within_cosine"]].astype(float).dropna()
-    cross, within = (_t_interval(columns[name]) for name in columns)
-    _, apart, _ = _t_interval(columns["within_cosine"] - columns["matched_cosine"])
-    if not len(conflict):
-        verdict = "not measured"
-    elif cross[1] is None or apart is None:
-        verdict = "cannot be decided at this size"
-    elif cross[2] < 0:
-        verdict = "opposed"
-    elif cross[1] > 0:
-        verdict = "aligned"
-    else:
-        verdict = "near-orthogonal" if apart > 0 else "cannot be decided at this size"
-    corrected = pooled_corrected_cosine(conflict) if len(conflict) else None
-    return {"cross": cross, "within": within, "corrected": corrected, "steps": len(conflict), "verdict": verdict}
+    columns = conflict[["matched_cosine", "within_cosine", "within_new_cosine"]].astype(float).dropna()
+    columns = columns.set_axis(["cross", "within_old", "within_new"], axis=1)
+    columns["within"] = columns[["within_old", "within_new"]].mean(axis=1)
+    found: dict[str, Any] = {name: _t_interval(columns[name]) for name in columns}
+    margins = [_t_interval(columns[name] - columns["cross"])[1] for name in ("within_old", "within_new")]
+    found |= {"corrected": pooled_corrected_cosine(conflict) if len(conflict) else None, "steps": len(conflict), "compared": len(columns)}
+    return found | {"verdict": _verdict_in_words(found, margins)}
+
+
+def _verdict_in_words(found: dict[str, Any], margins: Sequence[float | None]) -> str:
+    _, low, high = found["cross"]
+    if not found["compared"]:
+        return "no halves to compare" if found["steps"] else "not measured"
+    if low is None or high is None:
+        return "cannot be decided at this size"
+    if low > 0 or high < 0:
+        return "aligned" if low > 0 else "opposed"
+    return "near-orthogonal" if all(margin is not None and margin > 0 for margin in margins) else "cannot be decided at this size"
 
 
 def _t_interval(values: pd.Series) -> tuple[float | None, float | None, float | None]:
@@ -227,11 +290,17 @@ def whole_adapter(movement: pd.DataFrame, *, last: str | None = None) -> pd.Data
     return whole.set_index("space")
 
 
+def place_of(name: str) -> tuple[int | None, str]:
+    """Layer (None outside the layers) and module of a parameter or module path: "...layers.3.mlp.up_proj.lora_A.default.weight" is (3, "up_proj")."""
+    path = match["path"] if (match := _LORA_KEY.match(name)) else name
+    found = _LAYER.search(path)
+    return (int(found[1]) if found else None), path.rpartition(".")[2]
+
+
 def _groups(paths: Iterable[str]) -> list[tuple[tuple[int | None, str | None], list[str]]]:
     groups: dict[tuple[Any, Any], list[str]] = {}
     for path in paths:
-        found = _LAYER.search(path)
-        layer, module = (int(found[1]) if found else None), path.rpartition(".")[2]
+        layer, module = place_of(path)
         for key in dict.fromkeys([(None, None), (layer, None), (None, module), (layer, module)]):
             groups.setdefault(key, []).append(path)
     return list(groups.items())

@@ -62,6 +62,9 @@ class Scale(_Checked):
     eval_pairs: Annotated[int, Field(ge=2)]
     conflict_every: Annotated[int, Field(ge=0)]
     conflict_pairs: Annotated[int, Field(ge=2)]
+    ledger_every: Count
+    probe_pairs: Annotated[int, Field(ge=0)]
+    kl_pairs: Annotated[int, Field(ge=0)]
     scored_splits: Annotated[list[Literal["train", "eval"]], Field(min_length=1)]
     token_budget: Annotated[int, Field(ge=64)]
     resamples: Annotated[int, Field(ge=100)]

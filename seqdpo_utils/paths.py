@@ -85,6 +85,9 @@ class RunPaths:
     def conflict(self, stage: int) -> Path:
         return self.chain_dir / "conflict" / f"stage{stage}.parquet"
 
+    def ledger(self, stage: int) -> Path:
+        return self.chain_dir / "ledger" / f"stage{stage}.parquet"
+
     def table(self, name: str) -> Path:
         return self.chain_dir / "tables" / f"{name}.parquet"
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from seqdpo_utils import metrics
 from seqdpo_utils.charts import with_interval
+from seqdpo_utils.ledger import segments
 from seqdpo_utils.mechanics import conflict_verdict, whole_adapter
 from seqdpo_utils.paths import RunPaths, read_scores, read_table
 
@@ -122,16 +123,26 @@ def quartile_contrast(runs: Sequence[RunPaths], *, seeds: Sequence[int], beta: f
 
 
 def mechanics(runs: Sequence[RunPaths]) -> pd.DataFrame:
-    """Cosines of gradients (between objectives at matched size, within the earlier one) and of adapter movement, one row a chain."""
+    """Cosines of gradients (between objectives and within an objective, of halves), the ledger of the first objective over all later stages, and cosines of
+    adapter movement, one row a chain.
+
+    Returns:
+        `setting`, `first`, `seed`; `cross`, `within` with bounds, `steps`, `gradients` (the verdict); `explained`, `measured`, `rest` (nats; null where no ledger
+        was kept); `movement_weight`, `movement_raw`.
+    """
     rows = []
     for run in runs:
         conflict = pd.concat([read_table(run.conflict(k)) for k in range(2, len(_objectives(run)) + 1)])
         verdict = conflict_verdict(conflict)
+        entries = pd.concat([read_table(run.ledger(k)) for k in range(2, len(_objectives(run)) + 1)])
+        path = segments(entries[entries["previous_objective"] == _objectives(run)[0]])
+        bottom = {name: path[column].sum() if len(path) else None for name, column in (("explained", "term"), ("measured", "measured"), ("rest", "rest"))}
         whole = whole_adapter(read_table(run.movement))
         row = {f"{name}{bound}": value for name in ("cross", "within") for bound, value in zip(("", "_low", "_high"), verdict[name], strict=True)}
-        rows.append(_key(run) | row | {"steps": verdict["steps"], "gradients": verdict["verdict"],
+        rows.append(_key(run) | row | bottom | {"steps": verdict["steps"], "gradients": verdict["verdict"],
                     "movement_weight": whole.loc["weight", "cosine"], "movement_raw": whole.loc["lora", "cosine"]})  # fmt: skip
-    numbers = [f"{name}{bound}" for name in ("cross", "within") for bound in ("", "_low", "_high")] + ["movement_weight", "movement_raw"]
+    numbers = [f"{name}{bound}" for name in ("cross", "within") for bound in ("", "_low", "_high")]
+    numbers += ["explained", "measured", "rest", "movement_weight", "movement_raw"]
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, "Float64"))
 
 
@@ -143,6 +154,7 @@ def claims(fates: pd.DataFrame, orders: pd.DataFrame, quartiles: pd.DataFrame, m
         _claim_order(orders),
         _claim_quartiles(quartiles),
         _claim_gradients(mechanics),
+        _claim_opposition(mechanics),
         _claim_movement(mechanics),
     ]
     return pd.DataFrame(parts, columns=["claim", "figure", "verdict"])
@@ -211,12 +223,28 @@ def _claim_gradients(mechanics: pd.DataFrame) -> tuple[str, str, str]:
         return claim, "Conflict was not measured.", "No answer."
     cross, within = mechanics["cross"].mean(), mechanics["within"].mean()
     undecided = int((mechanics["gradients"] == "cannot be decided at this size").sum())
-    figure = f"Mean cosine between objectives {cross:+.2f}, of the earlier objective with itself {within:+.2f}, at batches of like size."
+    figure = f"Mean cosine between objectives {cross:+.2f}, within an objective {within:+.2f}, halves of batches of like size."
     return (
         claim,
         figure,
         _counted(mechanics["gradients"]) + "." + (" Where nothing can be decided the cosine near zero says nothing about the objectives." if undecided else ""),
     )
+
+
+def _claim_opposition(mechanics: pd.DataFrame) -> tuple[str, str, str]:
+    claim = "Direct opposition of the objectives is not what drives forgetting."
+    kept = mechanics.dropna(subset=["measured"])
+    if kept.empty:
+        return claim, "No ledger was kept.", "No answer."
+    rose = kept[kept["measured"] > 0]
+    closed = kept[kept["rest"].abs() <= 0.1 * kept["measured"].abs()]
+    figure = (
+        f"Training loss of the first objective over the later stages: {kept['measured'].min():+.3f} to {kept['measured'].max():+.3f} nats; it rose in {len(rose)} of "
+        f"{len(kept)} chains. The gradients along the way account for the change to a tenth in {len(closed)} of {len(kept)}."
+    )
+    against = int((rose["explained"] > 0).sum())
+    verdict = f"In {against} of {len(rose)} chains with a rising loss the steps went up the earlier gradient, whatever the cosines of small batches say."
+    return claim, figure, verdict if len(rose) else "The earlier training loss rose nowhere: there was nothing to drive."
 
 
 def _claim_movement(mechanics: pd.DataFrame) -> tuple[str, str, str]:

@@ -14,10 +14,12 @@ import time
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
@@ -31,6 +33,7 @@ from trl import DPOConfig, DPOTrainer
 
 from seqdpo_utils.data import data_fingerprint, encode_table
 from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
+from seqdpo_utils.ledger import LEDGER_COLUMNS, ProbePoint, segment_rows
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
 from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json
@@ -45,6 +48,7 @@ _SHAPING = (
     "order", "seed", "base_model", "base_model_revision", "dtype", "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "beta", "epochs",
     "pairs_per_step", "pairs_per_device", "warmup_ratio", "max_grad_norm",
 )  # fmt: skip
+_LOGGED = ("loss_old", "norm_old", "cosine", "matched_cosine", "within_cosine", "within_new_cosine", "corrected_cosine")
 _NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 
@@ -136,32 +140,59 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
 
 
 class ConflictAwareDPOTrainer(DPOTrainer):
-    """Stage-k DPO that also measures the gradient of each earlier objective at the current weights.
+    """Stage-k DPO that also measures the gradients of the earlier objectives at the current weights.
 
-    `g_new` is the accumulated gradient of the optimiser step before clipping, `g_old` the gradient of the same loss, with the
-    same reference, on pairs of an earlier objective. `.grad`, the random state, the optimiser and TRL's own log are
-    left as they were, so the trained weights are the same with and without measuring. One record a measured
-    step and earlier objective lies in `conflict_records` after training.
+    Two measurements, each on pairs of its own. The conflict: `g_new`, the accumulated gradient of an optimiser step before clipping, against `g_old`, the
+    gradient of the same loss, with the same reference, on earlier pairs drawn anew. The ledger: loss and full gradient of a fixed set of earlier pairs at points
+    along the stage, and the displacement between them (`seqdpo_utils.ledger`). `.grad`, the random state, the optimiser and TRL's own metrics are left
+    as they were, so the trained weights are the same with and without measuring; dropout is off in what is measured. The numbers go
+    into the trainer's log as `conflict/<objective>/...` and `ledger/<objective>/...` and into two tables.
 
     Args:
-        earlier: earlier objective to its data set, with the columns of `training_rows`.
-        conflict_every: measure at step 1, 1 + n, 1 + 2n, ...; 0 never measures.
-        conflict_pairs: pairs of an earlier objective in one measurement, an even number, drawn anew each time.
+        earlier: earlier objective to its data set, with the columns of `training_rows`, in the order of training.
+        conflict_every: measure the conflict at step 1, 1 + n, 1 + 2n, ...; 0 never does.
+        conflict_pairs: pairs of an earlier objective in one measurement, an even number.
+        ledger_every: a point of the ledger before the first step, every n steps and after the last.
+        probe_pairs: fixed pairs of each earlier objective behind the ledger; 0 keeps none.
+        stage: number of the stage, from 1.
+
+    Raises:
+        StudyError: when an earlier objective has fewer pairs than are asked for.
     """
 
     def __init__(
-        self, model: Any, *, earlier: dict[str, Dataset] | None = None, conflict_every: int = 0, conflict_pairs: int = 8, stage: int = 1, **options: Any
+        self,
+        model: Any,
+        *,
+        earlier: dict[str, Dataset] | None = None,
+        conflict_every: int = 0,
+        conflict_pairs: int = 2,
+        ledger_every: int = 1,
+        probe_pairs: int = 0,
+        stage: int = 1,
+        **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        self.earlier = earlier or {}
+        self.conflict_every, self.conflict_pairs = conflict_every if self.earlier else 0, conflict_pairs
+        self.ledger_every, self.stage = ledger_every, stage
+        seed = self.args.seed
+        sizes = {name: len(rows) for name, rows in self.earlier.items()}
+        _check_sizes(sizes, {"conflict_pairs": conflict_pairs if conflict_every else 0, "probe_pairs": probe_pairs})
+        self._probes = {
+            name: [rows[i] for i in drawn(sizes[name], probe_pairs, key=(seed, number))]
+            for number, (name, rows) in enumerate(self.earlier.items())
+            if probe_pairs
+        }
         self.conflict_records: list[dict[str, Any]] = []
-        self.conflict_every = conflict_every if earlier else 0
-        self.stage = stage
-        self._draws = {name: _half_batches(rows, conflict_pairs // 2, self.data_collator, seed=self.args.seed) for name, rows in (earlier or {}).items()}
+        self.ledger_records: list[dict[str, Any]] = []
         self._pending: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        self._points: dict[str, ProbePoint] = {}
+        self._probed_at: list[Tensor] = []
         self._first_half: list[Tensor] | None = None
         self._micro_batches = 0
         self._loss_new = 0.0
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_Measuring(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         pairs, window = self.args.per_device_train_batch_size, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -196,13 +227,13 @@ class ConflictAwareDPOTrainer(DPOTrainer):
             if 2 * self._micro_batches == accumulation:
                 self._first_half = [p.grad.detach().clone() for p in self._adapter()]
             if self.accelerator.sync_gradients:
-                self._measure()
+                self._measure_conflict()
         return loss
 
     def _adapter(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def _measure(self) -> None:
+    def _measure_conflict(self) -> None:
         adapter = self._adapter()
         whole = [p.grad.detach() for p in adapter]
         # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after it (a short last batch has none)
@@ -212,36 +243,81 @@ class ConflictAwareDPOTrainer(DPOTrainer):
         loss_new, self._loss_new = self._loss_new, 0.0
         self._first_half, self._micro_batches = None, 0
         before = [p.detach().clone() for p in adapter]
-        for name, draws in self._draws.items():
-            (loss_a, old_a), (loss_b, old_b) = (self._gradient_of(batch, adapter) for batch in next(draws))
-            old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]  # kept for the ledger, until the step was taken
+        step, half = self.state.global_step + 1, self.conflict_pairs // 2
+        for number, (name, rows) in enumerate(self.earlier.items()):
+            # a function of seed, stage and step, not of the draws before: a resumed stage draws the same
+            chosen = drawn(len(rows), self.conflict_pairs, key=(self.args.seed, number, self.stage, step))
+            (loss_a, old_a), (loss_b, old_b) = (self._gradient_of([rows[i] for i in part], adapter) for part in (chosen[:half], chosen[half:]))
             row = conflict_row(new=whole, new_halves=halves, old_halves=(old_a, old_b))
-            row |= {"step": self.state.global_step + 1, "stage": self.stage, "previous_objective": name}
-            row |= {"loss_new": loss_new, "loss_old": (loss_a + loss_b) / 2}
+            row |= {"step": step, "stage": self.stage, "previous_objective": name, "loss_new": loss_new, "loss_old": (loss_a + loss_b) / 2}
+            self._note(f"conflict/{name}", {key: row[key] for key in _LOGGED})
+            old = [a.add_(b).div_(2) for a, b in zip(old_a, old_b, strict=True)]  # kept for the ledger column, until the step was taken
             self._pending.append((row, old, before))
 
-    def _gradient_of(self, batch: dict[str, Tensor], adapter: list[Tensor]) -> tuple[float, list[Tensor]]:
-        log, tokens = self._metrics["train"], self._total_train_tokens
-        self._metrics["train"] = defaultdict(list)
+    def _gradient_of(self, rows: Sequence[dict[str, Any]], adapter: list[Tensor]) -> tuple[float, list[Tensor]]:
+        """Mean DPO loss over `rows` and its gradient, in micro-batches of the training's size, without a trace in log or random state."""
+        kept = self._metrics, self._total_train_tokens
+        self._metrics = {mode: defaultdict(list) for mode in self._metrics}
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        size = self.args.per_device_train_batch_size
+        mean, gradient = 0.0, [torch.zeros_like(p) for p in adapter]
         try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
-                loss = self.compute_loss(self.accelerator.unwrap_model(self.model_wrapped), self._prepare_inputs(batch))
-                gradient = torch.autograd.grad(loss, adapter)
+            with torch.random.fork_rng(devices=devices), torch.enable_grad(), _dropout_off(self.model):
+                for start in range(0, len(rows), size):
+                    part = list(rows[start : start + size])
+                    batch = self._prepare_inputs(self.data_collator(part))
+                    loss = self.compute_loss(self.accelerator.unwrap_model(self.model_wrapped), batch)
+                    mean += loss.item() * len(part) / len(rows)
+                    for total, piece in zip(gradient, torch.autograd.grad(loss, adapter), strict=True):
+                        total.add_(piece, alpha=len(part) / len(rows))
         finally:
-            self._metrics["train"], self._total_train_tokens = log, tokens
-        return loss.item(), list(gradient)
+            self._metrics, self._total_train_tokens = kept
+        return mean, gradient
 
-    def finish_step(self) -> None:
-        """Complete the records of this step with g_old . (weights after - weights before), the optimiser's actual step."""
+    def _note(self, prefix: str, values: dict[str, float | None]) -> None:
+        for key, value in values.items():
+            if value is not None:  # a NaN would poison the mean that TRL logs
+                self._metrics["train"][f"{prefix}/{key}"].append(value)
+
+    def begin_ledger(self) -> None:
+        """Open the ledger at the weights as they are, before the first step of a run."""
+        self._points, self._probed_at = {}, []
+        self.model.train()  # as every training step does; activation checkpointing needs it
+        self._probe()
+
+    def finish_step(self, *, last: bool) -> None:
+        """Complete this step's records with g_old . (weights after - weights before), the optimiser's actual step, and enter the ledger where it is due."""
         for row, old, before in self._pending:
             moved = [p.detach() - b for p, b in zip(self._adapter(), before, strict=True)]
-            self.conflict_records.append(row | {"ledger": dot(old, moved)})
+            row["ledger"] = dot(old, moved)
+            self._note(f"conflict/{row['previous_objective']}", {"ledger": row["ledger"]})
+            self.conflict_records.append(row)
         self._pending = []
+        if last or self.state.global_step % self.ledger_every == 0:
+            self._probe()
+
+    def _probe(self) -> None:
+        """Loss and gradient of every probe set here; each point ends one segment and begins the next, so none is computed twice."""
+        if not self._probes:
+            return
+        adapter, names = self._adapter(), [name for name, p in self.model.named_parameters() if p.requires_grad]
+        moved = [p.detach() - before for p, before in zip(adapter, self._probed_at, strict=True)] if self._probed_at else None
+        for name, rows in self._probes.items():
+            point = ProbePoint(self.state.global_step, *self._gradient_of(rows, adapter))
+            if moved is not None:
+                entries = segment_rows(names, self._points[name], point, moved)
+                self.ledger_records += [{"stage": self.stage, "previous_objective": name} | entry for entry in entries]
+                self._note(f"ledger/{name}", {"loss": point.loss, "term": sum(entry["term"] for entry in entries)})
+            self._points[name] = point
+        self._probed_at = [p.detach().clone() for p in adapter]
 
     def conflict_table(self) -> pd.DataFrame:
         """One row a measured step and earlier objective; empty, with its columns, when nothing was measured."""
         return pd.DataFrame(self.conflict_records, columns=list(CONFLICT_COLUMNS))
+
+    def ledger_table(self) -> pd.DataFrame:
+        """One row a segment, earlier objective, layer and module; empty, with its columns, when no ledger was kept."""
+        return pd.DataFrame(self.ledger_records, columns=list(LEDGER_COLUMNS)).astype({"layer": "Int64"})
 
 
 def row_tokens(row: dict[str, Any]) -> int:
@@ -283,12 +359,40 @@ class LengthGrouped(torch.utils.data.Sampler):
                 yield from batches[k]
 
 
-class _AfterStep(TrainerCallback):
+def drawn(count: int, wanted: int, *, key: Sequence[int]) -> list[int]:
+    """`wanted` different numbers below `count`, ruled by `key` and by nothing else."""
+    return np.random.default_rng(list(key)).permutation(count)[:wanted].tolist()
+
+
+def _check_sizes(sizes: dict[str, int], wanted: dict[str, int]) -> None:
+    for parameter, pairs in wanted.items():
+        for name, size in sizes.items():
+            if pairs > size:
+                raise StudyError(f"{parameter} = {pairs} exceeds the {size} training pairs of {name}: lower it or raise train_pairs.")
+
+
+@contextmanager
+def _dropout_off(model: torch.nn.Module) -> Iterator[None]:
+    # dropout modules alone: activation checkpointing works in training mode only
+    active = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
+
+
+class _Measuring(TrainerCallback):
     def __init__(self, trainer: ConflictAwareDPOTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.begin_ledger()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.finish_step()
+        self.trainer.finish_step(last=control.should_training_stop)
 
 
 class _Progress(TrainerCallback):
@@ -316,16 +420,6 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
-
-
-def _half_batches(rows: Dataset, half: int, collate: Any, *, seed: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Endless draws of two disjoint halves, from a generator of its own."""
-    if len(rows) < 2 * half:
-        raise StudyError(f"conflict_pairs = {2 * half} exceeds the {len(rows)} training pairs of the earlier objective.")
-    generator = torch.Generator().manual_seed(seed)
-    for _ in itertools.count():
-        drawn = torch.randperm(len(rows), generator=generator)[: 2 * half].tolist()
-        yield collate([rows[i] for i in drawn[:half]]), collate([rows[i] for i in drawn[half:]])
 
 
 def share_prompts(model: PreTrainedModel) -> None:
@@ -389,10 +483,10 @@ def stage_trainer(
         output_dir: where TRL may write.
         stage: number of the stage, from 1.
         previous: adapter folder of the stage before; None for the first stage.
-        earlier: data sets of earlier objectives for the conflict measurement.
+        earlier: data sets of earlier objectives for conflict and ledger, in the order of training.
 
     Raises:
-        StudyError: when `previous` does not hold exactly this adapter.
+        StudyError: when `previous` does not hold exactly this adapter, or an earlier objective has too few pairs to measure.
     """
     trainer = ConflictAwareDPOTrainer(
         base,
@@ -403,9 +497,11 @@ def stage_trainer(
         earlier=earlier,
         conflict_every=parameters["conflict_every"] if earlier else 0,
         conflict_pairs=parameters["conflict_pairs"] if earlier else 2,
+        ledger_every=parameters["ledger_every"] if earlier else 1,
+        probe_pairs=parameters["probe_pairs"] if earlier else 0,
         stage=stage,
-        callbacks=[_Progress(f"stage {stage}")],
     )
+    trainer.add_callback(_Progress(f"stage {stage}"))  # after the measuring callback, whose time belongs to the step
     trainer.remove_callback(PrinterCallback)
     if previous is not None:
         load_adapter(trainer.model, previous)
@@ -481,8 +577,13 @@ def _references_in_use(trainer: DPOTrainer, rows: Dataset) -> list[tuple[float, 
 
 
 def history_table(trainer: DPOTrainer) -> pd.DataFrame:
-    """TRL's log, one row an optimiser step: `step`, `loss`, `learning_rate`, `grad_norm`, `rewards/*`, `logps/*`, and `seconds`."""
-    table = pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
+    """TRL's log, one row an optimiser step: `step`, `loss`, `learning_rate`, `grad_norm`, `rewards/*`, `logps/*`, and `seconds`.
+
+    What was measured of earlier objectives stands in tables of its own and is left out.
+    """
+    measured = ("conflict/", "ledger/")
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    table = pd.DataFrame([{key: value for key, value in entry.items() if not key.startswith(measured)} for entry in steps])
     progress = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _Progress))
     return table.assign(seconds=progress.seconds)
 

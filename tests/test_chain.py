@@ -17,6 +17,7 @@ from test_charts import OUTSIDE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seqdpo_utils import models, params, scoring
+from seqdpo_utils.ledger import LEDGER_COLUMNS
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS
 from seqdpo_utils.metrics import MEASURES
 
@@ -67,7 +68,7 @@ def test_every_file_of_the_contract_is_there(study):
     for setting, objectives, chain in chains(study):
         names = ["run.json", "checkpoints/stage1/adapter_model.safetensors", "checkpoints/stage2/adapter_config.json", "movement.parquet",
                  "history/stage1.parquet", "history/stage2.parquet", "scores/stage1.parquet", "scores/stage2.parquet", "conflict/stage2.parquet",
-                 "tables/stage_matrix.parquet", "tables/quartiles.parquet"]  # fmt: skip
+                 "ledger/stage2.parquet", "tables/kl_stage1.parquet", "tables/kl_stage2.parquet", "tables/subspace.parquet", "tables/stage_matrix.parquet", "tables/quartiles.parquet"]  # fmt: skip
         assert [name for name in names if not (chain / name).is_file()] == []
         assert len(list((chain / "notebooks").glob("0*.ipynb"))) == 5
         assert all((study / setting / "data" / f"{objective}.parquet").is_file() for objective in objectives)
@@ -84,6 +85,9 @@ def test_columns_are_those_of_the_contract(study):
         assert set(scores["objective"]) == set(objectives) and scores["chosen_logp"].dtype == "float64"
         conflict = pd.read_parquet(chain / "conflict" / "stage2.parquet")
         assert set(CONFLICT_COLUMNS) <= set(conflict) and (conflict["previous_objective"] == objectives[0]).all() and len(conflict) == 4
+        ledger = pd.read_parquet(chain / "ledger" / "stage2.parquet")
+        assert list(ledger) == list(LEDGER_COLUMNS) and ledger[["from_step", "step"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [2, 4]]
+        assert (ledger["previous_objective"] == objectives[0]).all() and len(ledger) == 2 * 2 * 7
         movement = pd.read_parquet(chain / "movement.parquet")
         assert {"from_checkpoint", "to_checkpoint", "other_from", "other_to", "space", "layer", "module", "norm", "other_norm", "cosine"} <= set(movement)
         matrix = pd.read_parquet(chain / "tables" / "stage_matrix.parquet")

@@ -25,9 +25,20 @@ def matrix() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def conflict_rows() -> pd.DataFrame:
+    cosines = {"matched_cosine": [0.1, -0.1], "within_cosine": [0.0, None], "within_new_cosine": [0.2, 0.1]}
+    return pd.DataFrame({"step": [1, 4], "stage": 2, "previous_objective": "a"} | cosines)
+
+
+def bars() -> pd.DataFrame:
+    rows = [("0", 0.0, 0.3, "entry"), ("1", 0.3, 0.1, "entry"), ("rest", 0.1, 0.15, "rest"), ("measured", 0.0, 0.15, "measured")]
+    return pd.DataFrame(rows, columns=["part", "start", "end", "kind"])
+
+
 def figures() -> dict[str, alt.TopLevelMixin]:
     steps = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6], "rewards/margins": [0.0, 0.2], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]})
-    conflict = pd.DataFrame({"step": [1, 4], "stage": 2, "previous_objective": "a", "matched_cosine": [0.1, -0.1], "within_cosine": [0.0, None]})
+    fallen = {f"{side}{bound}": [0.5, -0.5] for side in ("chosen", "rejected") for bound in ("", "_low", "_high")}
+    displaced = pd.DataFrame({"objective": "a", "from_checkpoint": "base", "to_checkpoint": ["stage1", "stage2"]} | fallen)
     changes = pd.DataFrame({"before": [0.1, -0.2], "after": [-0.1, -0.2], "reordered": ["lost", "same"]})
     quartiles = pd.DataFrame({"key": "base", "quartile": range(1, 5), "change": 0.1, "change_low": 0.0, "change_high": 0.2})
     moves = {"from_checkpoint": "stage0", "other_to": "stage2"}
@@ -37,7 +48,9 @@ def figures() -> dict[str, alt.TopLevelMixin]:
     return {
         "token_lengths": charts.token_lengths(lengths, objectives=["a"], caption="n = 2."),
         "learning_curves": charts.learning_curves(steps, stage=1, caption="n = 2."),
-        "conflict_over_steps": charts.conflict_over_steps(conflict, caption="n = 2."),
+        "conflict_over_steps": charts.conflict_over_steps(conflict_rows(), band=(-0.05, 0.25), caption="n = 2."),
+        "ledger_waterfall": charts.ledger_waterfall(bars(), by="layer", caption="n = 4."),
+        "displaced_likelihood": charts.displaced_likelihood(displaced, objectives=["a"], caption="n = 2."),
         "stage_heat_map": charts.stage_heat_map(matrix(), objectives=["a", "b"], caption="n = 9."),
         "margins_by_stage": charts.margins_by_stage(matrix(), objectives=["a", "b"], measure="margin", axis="margin", question="?", caption="n = 9."),
         "pair_scatter": charts.pair_scatter(changes, before="stage 1", after="stage 2", caption="n = 2."),
@@ -61,6 +74,21 @@ def test_the_marks_carry_the_numbers():
     svg = charts.static_bundle(figures()["stage_heat_map"].to_dict())[0]["image/svg+xml"]
     assert svg.count("+1.00") >= 2 and "0.50" in svg and len(re.findall(r"#[0-9a-f]{6}|rgb\(", svg)) > 4
     assert charts.static_bundle(figures()["pair_scatter"].to_dict())[0]["image/svg+xml"].count('aria-roledescription="circle"') == 2
+
+
+def test_the_waterfall_has_a_bar_for_every_part_in_the_colour_of_its_direction():
+    svg = charts.static_bundle(figures()["ledger_waterfall"].to_dict())[0]["image/svg+xml"]
+    assert svg.count('aria-roledescription="bar"') == 4
+    assert all(svg.count(colour) >= 2 for colour in (charts.NEGATIVE, charts.POSITIVE, charts.INK))
+
+
+def test_conflict_shows_what_was_measured_and_the_band_only_where_there_is_one():
+    with_band, without = (
+        charts.static_bundle(charts.conflict_over_steps(conflict_rows(), band=band, caption="n = 2.").to_dict())[0]["image/svg+xml"]
+        for band in ((-0.1, 0.2), (None, None))
+    )
+    assert with_band.count('aria-roledescription="point"') == without.count('aria-roledescription="point"') == 5
+    assert "rect mark container" in with_band and "rect mark container" not in without
 
 
 def test_a_chart_without_a_text_is_refused():

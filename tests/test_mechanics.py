@@ -3,9 +3,20 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy import linalg
 
 from seqdpo_utils import mechanics
 from seqdpo_utils.paths import StudyError
+
+
+def test_halves_by_hand():
+    """New halves along the axes, both old halves along the diagonal between them: each of the four cosines is the root of one half."""
+    new, old = (vector(2.0, 0.0), vector(0.0, 2.0)), (vector(1.0, 1.0), vector(3.0, 3.0))
+    row = mechanics.conflict_row(new=vector(2.0, 2.0), new_halves=new, old_halves=old)
+    assert row["cosine"] == pytest.approx(1.0)
+    assert row["matched_cosine"] == pytest.approx(0.5**0.5)
+    assert (row["within_cosine"], row["within_new_cosine"]) == (pytest.approx(1.0), 0.0)
+    assert (row["cross_product"], row["within_new"], row["within_old"]) == (4.0, 0.0, 6.0)
 
 
 def vector(*values: float) -> list[torch.Tensor]:
@@ -41,8 +52,16 @@ def test_what_cannot_be_estimated_is_none():
     row = mechanics.conflict_row(new=vector(2.0, 0.0), new_halves=new, old_halves=against_itself)
     assert row["corrected_cosine"] is None
     assert row["cosine"] is None
-    assert (row["within_cosine"], row["matched_cosine"]) == (-1.0, 0.0)
-    assert mechanics.conflict_row(new=vector(2.0, 0.0), new_halves=None, old_halves=new)["corrected_cosine"] is None
+    assert (row["within_cosine"], row["within_new_cosine"], row["matched_cosine"]) == (-1.0, 1.0, 0.0)
+    alone = mechanics.conflict_row(new=vector(2.0, 0.0), new_halves=None, old_halves=new)
+    assert set(alone) == set(row)
+    assert [name for name, value in alone.items() if value is None] == [
+        "matched_cosine",
+        "within_new_cosine",
+        "cross_product",
+        "within_new",
+        "corrected_cosine",
+    ]
     beyond = pd.DataFrame({"cross_product": [5.0], "within_new": [1.0], "within_old": [1.0]})
     assert mechanics.pooled_corrected_cosine(beyond) is None
 
@@ -93,11 +112,12 @@ def test_an_edit_planted_in_one_matrix_is_found_there():
     assert found["cosine"].iloc[0] == pytest.approx(-1.0)
 
 
-def conflict(cross: float, within: float, *, steps: int = 12, width: float = 0.02) -> pd.DataFrame:
-    noise = np.random.default_rng(0).normal(0, width, (2, steps))
+def conflict(cross: float, within: float, *, within_new: float | None = None, steps: int = 12, width: float = 0.02) -> pd.DataFrame:
+    noise = np.random.default_rng(0).normal(0, width, (3, steps))
     noise -= noise.mean(axis=1, keepdims=True)
     nothing = dict.fromkeys(("cross_product", "within_new", "within_old"), [None] * steps)
-    return pd.DataFrame({"matched_cosine": cross + noise[0], "within_cosine": within + noise[1]} | nothing)
+    new = within if within_new is None else within_new
+    return pd.DataFrame({"matched_cosine": cross + noise[0], "within_cosine": within + noise[1], "within_new_cosine": new + noise[2]} | nothing)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +132,20 @@ def conflict(cross: float, within: float, *, steps: int = 12, width: float = 0.0
 )
 def test_near_orthogonal_needs_an_objective_that_agrees_with_itself(cross, within, verdict):
     assert mechanics.conflict_verdict(conflict(cross, within))["verdict"] == verdict
+
+
+def test_both_objectives_must_agree_with_themselves():
+    """A new gradient of pure noise is orthogonal to everything, itself included."""
+    assert mechanics.conflict_verdict(conflict(0.0, 0.6, within_new=0.0))["verdict"] == "cannot be decided at this size"
+    both = mechanics.conflict_verdict(conflict(0.0, 0.6, within_new=0.2))
+    assert both["verdict"] == "near-orthogonal"
+    assert [both[name][0] for name in ("within_old", "within_new", "within")] == pytest.approx([0.6, 0.2, 0.4])
+
+
+def test_without_halves_nothing_is_compared():
+    table = conflict(-0.9, 0.9).assign(matched_cosine=None, within_new_cosine=None)
+    found = mechanics.conflict_verdict(table)
+    assert (found["verdict"], found["steps"], found["compared"]) == ("no halves to compare", 12, 0)
 
 
 def test_two_measurements_decide_nothing():
@@ -136,6 +170,54 @@ def test_shuffled_moves_are_orthogonal_and_keep_their_size():
     one, same, other = (mechanics.shuffled_cosines(points, generator=torch.Generator().manual_seed(s), **options) for s in (0, 0, 1))
     assert one == same != other
     assert max(map(abs, one)) < 0.2
+
+
+def dense_subspaces(move, *, leading):
+    a1, b1, a2, b2 = move
+    u, _, vt = np.linalg.svd((b2 @ a2 - b1 @ a1).numpy())
+    return u[:, :leading], vt[:leading].T
+
+
+def test_subspaces_equal_dense_svd_and_scipys_angles():
+    rng = np.random.default_rng(4)
+    points = {name: lora(rng, modules=("layers.0.q_proj",)) for name in ("stage0", "stage1", "stage2")}
+    path = "model.layers.0.q_proj"
+    points["stage0"][path] = (points["stage0"][path][0], torch.zeros(5, 3, dtype=torch.float64))  # as an adapter starts
+    moves = [(*points[x][path], *points[y][path]) for x, y in (("stage0", "stage1"), ("stage1", "stage2"))]
+    ours, dense = ([f(move, leading=2) for move in moves] for f in (mechanics.update_subspaces, dense_subspaces))
+    table = mechanics.subspace_table(points, rank=2).set_index("side")
+    for k, side in enumerate(("left", "right")):
+        for mine, theirs in zip(ours, dense, strict=True):
+            assert np.allclose(mine[k] @ mine[k].T, theirs[k] @ theirs[k].T, atol=1e-9), "the same projector"
+        angles = linalg.subspace_angles(dense[0][k], dense[1][k])
+        assert table.loc[side, "overlap"] == pytest.approx(np.mean(np.cos(angles) ** 2), abs=1e-9)
+        assert table.loc[side, "random"] == pytest.approx(2 / len(dense[0][k]))
+
+
+def test_subspace_overlap_at_its_limits():
+    rng = np.random.default_rng(5)
+    a, b = (torch.tensor(rng.normal(size=size)) for size in ((4, 300), (200, 4)))
+    zero = torch.zeros_like(b)
+    path = "model.layers.3.up_proj"
+    on = mechanics.subspace_table({"stage0": {path: (a, zero)}, "stage1": {path: (a, b)}, "stage2": {path: (a, 3 * b)}}, rank=4)
+    assert on["overlap"].tolist() == pytest.approx([1.0, 1.0])
+    assert on[["layer", "module", "directions"]].drop_duplicates().to_numpy().tolist() == [[3, "up_proj", 4]]
+    turned = torch.tensor(rng.normal(size=(200, 4)))
+    table = mechanics.subspace_table({"stage0": {path: (a, zero)}, "stage1": {path: (a, b)}, "stage2": {path: (a, b + turned)}}, rank=4)
+    left, right = table.set_index("side")["overlap"]
+    assert right == pytest.approx(1.0), "an A that did not move reads the same directions, whatever B does"
+    assert left < 0.1
+    still = mechanics.subspace_table({"stage0": {path: (a, zero)}, "stage1": {path: (a, b)}, "stage2": {path: (a, b)}}, rank=4)
+    assert still["overlap"].isna().all() and (still["directions"] == 0).all()
+    draws = [mechanics.subspace_table(random_moves(rng), rank=4)["overlap"].mean() for _ in range(40)]
+    assert np.mean(draws) == pytest.approx(4 / 40, rel=0.15), "k / d for random subspaces"
+
+
+def random_moves(rng):
+    """Two moves of rank 4 with nothing in common: each fills one half of the columns of a wider B."""
+    a, b, c = (torch.tensor(rng.normal(size=size)) for size in ((8, 40), (40, 4), (40, 4)))
+    still = torch.zeros_like(b)
+    return {name: {"layers.0.m": (a, torch.cat(parts, dim=1))} for name, parts in {"0": (still, still), "1": (b, still), "2": (b, c)}.items()}
 
 
 def test_files_that_are_no_adapter_are_refused(tmp_path):

@@ -175,7 +175,7 @@ def test_damaged_files_say_what_to_do(tmp_path):
 
 def test_paths_are_those_of_the_contract(tmp_path):
     paths = RunPaths(tmp_path, "smoke", "s", "a-then-b", 3)
-    names = {paths.run_json: "run.json", paths.scores(2): "scores/stage2.parquet", paths.conflict(2): "conflict/stage2.parquet",
+    names = {paths.run_json: "run.json", paths.scores(2): "scores/stage2.parquet", paths.conflict(2): "conflict/stage2.parquet", paths.ledger(2): "ledger/stage2.parquet",
              paths.history(1): "history/stage1.parquet", paths.checkpoint(1): "checkpoints/stage1", paths.movement: "movement.parquet",
              paths.table("stage_matrix"): "tables/stage_matrix.parquet"}  # fmt: skip
     assert all(path == tmp_path / "smoke" / "s" / "a-then-b" / "seed-3" / name for path, name in names.items())

@@ -16,7 +16,8 @@ def fates(**changes) -> pd.DataFrame:
 
 
 def mechanics(verdict: str, **changes) -> pd.DataFrame:
-    return pd.DataFrame({"gradients": [verdict], "cross": [0.01], "within": [0.02], "movement_weight": [0.5], "movement_raw": [0.1]} | changes)
+    return pd.DataFrame({"gradients": [verdict], "cross": [0.01], "within": [0.02], "explained": [0.19], "measured": [0.2], "rest": [0.01],
+            "movement_weight": [0.5], "movement_raw": [0.1]} | changes)  # fmt: skip
 
 
 ORDERS = pd.DataFrame({"setting": ["s"], "objective": ["a"], "difference": [0.5], "difference_low": [0.2], "difference_high": [0.9]})
@@ -42,6 +43,15 @@ def test_safety_with_and_without_the_setting_and_without_a_gain():
     assert "undefined" in claims(fates=fates(retention=[None, 0.5]))[1][0]
 
 
+def test_opposition_is_read_off_the_ledger():
+    figure, verdict = claims()[5]
+    assert "+0.200 to +0.200 nats; it rose in 1 of 1" in figure and "to a tenth in 1 of 1" in figure
+    assert verdict.startswith("In 1 of 1 chains with a rising loss")
+    assert "in 0 of 1." in claims(mechanics=mechanics("opposed", explained=[0.1], rest=[0.1]))[5][0]
+    assert "rose nowhere" in claims(mechanics=mechanics("aligned", explained=[-0.2], measured=[-0.2], rest=[0.0]))[5][1]
+    assert claims(mechanics=mechanics("opposed", measured=[None]))[5] == ("No ledger was kept.", "No answer.")
+
+
 def test_order_and_quartiles():
     assert "a +0.50" in claims()[2][0] and "1 of 1 cases" in claims()[2][1]
     assert claims(orders=ORDERS.head(0))[2][1] == "No answer."
@@ -59,8 +69,8 @@ def test_gradients(verdict, words):
 
 
 def test_movement_in_degrees():
-    assert "60 to 60 degrees" in claims()[5][1]
-    assert claims(mechanics=mechanics("opposed", movement_weight=[None]))[5][1] == "No answer."
+    assert "60 to 60 degrees" in claims()[6][1]
+    assert claims(mechanics=mechanics("opposed", movement_weight=[None]))[6][1] == "No answer."
 
 
 def write_chain(root, order: str, seed: int, finals: dict[str, float]) -> RunPaths:
@@ -87,6 +97,8 @@ def write_chain(root, order: str, seed: int, finals: dict[str, float]) -> RunPat
     write_table(run.table("pair_change"), metrics.pair_change(measures, objectives[0], before="stage1", after="stage2"))
     write_table(run.conflict(2), pd.DataFrame(columns=list(CONFLICT_COLUMNS)))
     whole = {"from_checkpoint": "stage0", "to_checkpoint": "stage1", "other_from": "stage1", "other_to": "stage2", "layer": [None, None], "module": None}
+    entry = {"stage": 2, "from_step": 0, "step": 2, "layer": [0, 1], "module": "q_proj", "term": [0.2, 0.1], "left": 0.1, "loss_before": 0.5, "loss_after": 0.9}
+    write_table(run.ledger(2), pd.DataFrame(entry | {"previous_objective": objectives[0]}))
     write_table(run.movement, pd.DataFrame(whole | {"space": ["lora", "weight"], "norm": 1.0, "other_norm": 1.0, "cosine": [0.1, 0.2]}))
     return run
 
@@ -108,4 +120,5 @@ def test_tables_across_chains_with_two_seeds(tmp_path):
     mechanical = summary.mechanics(runs)
     assert mechanical["gradients"].eq("not measured").all()
     assert mechanical["movement_weight"].eq(0.2).all()
+    assert mechanical[["explained", "measured", "rest"]].drop_duplicates().to_numpy().tolist() == [pytest.approx([0.3, 0.4, 0.1])]
     assert len(summary.first_objective(runs)) == 8

@@ -1,6 +1,5 @@
-"""DPO stages against TRL itself, the reference proof against every wrong reference, the measurement against brute force."""
+"""DPO stages against TRL itself, the reference proof against every wrong reference."""
 
-import copy
 import importlib.util
 import shutil
 
@@ -196,81 +195,12 @@ def test_nan_reference_sums_do_not_pass_the_proof(root, tokenizer, parameters, t
         training.prove_reference(trainer, scores.assign(chosen_logp=float("nan")))
 
 
-def conflicted(root, tokenizer, parameters, folder, tmp_path, **changes):
-    now, _ = rows_for(fresh(root), random_pairs(16, seed=1), "harmless")
-    old, _ = rows_for(fresh(root), random_pairs(16))
-    options = {"stage": 2, "previous": folder, "earlier": {"helpful": old}, "output_dir": tmp_path}
-    return training.stage_trainer(fresh(root), tokenizer, now, parameters=parameters | changes, **options), now, old
-
-
-@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.3}, {"activation_checkpointing": True}, {"pairs_per_device": 2, "max_grad_norm": 0.01}])
-def test_measuring_changes_nothing(root, tokenizer, parameters, tmp_path, stage1, changes):
-    measured, _, _ = conflicted(root, tokenizer, parameters, stage1[0], tmp_path, conflict_every=1, conflict_pairs=4, **changes)
-    plain, _, _ = conflicted(root, tokenizer, parameters, stage1[0], tmp_path, conflict_every=0, **changes)
-    measured.train(), plain.train()
-    weights = adapter_of(plain)
-    assert all(torch.equal(p, weights[name]) for name, p in adapter_of(measured).items())
-    columns = ["loss", "grad_norm", "rewards/margins", "num_tokens"]
-    pd.testing.assert_frame_equal(training.history_table(measured)[columns], training.history_table(plain)[columns])
-    assert len(measured.conflict_table()) == 4 and plain.conflict_table().empty
-
-
-def flat_gradient(trainer, rows) -> torch.Tensor:
-    batch = trainer._prepare_inputs(trainer.data_collator(rows))
-    loss = trainer.compute_loss(trainer.model, batch)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer._adapter())]).double()
-
-
-def test_cosine_and_ledger_equal_brute_force(root, tokenizer, parameters, tmp_path, stage1):
-    """Gradients of whole batches by plain autograd, at weights copied before each step, against what was recorded."""
-    trainer, now, old = conflicted(root, tokenizer, parameters, stage1[0], tmp_path, conflict_every=1, conflict_pairs=4, max_grad_norm=0.05)
-    twin = copy.deepcopy(trainer.model)
-    drawn = training._half_batches(old, 2, list, seed=parameters["seed"])
-    trajectory, batches = [], []
-    step = trainer.training_step
-
-    def spy(model, inputs, *args):
-        batches.append(inputs["input_ids"])
-        if len(batches) % 4 == 1:
-            trajectory.append([p.detach().clone() for p in trainer._adapter()])
-        return step(model, inputs, *args)
-
-    trainer.training_step = spy
-    trainer.train()
-    trajectory.append([p.detach().clone() for p in trainer._adapter()])
-    table = trainer.conflict_table()
-    trainer.model = twin
-    parameters_of_twin = [p for p in twin.parameters() if p.requires_grad]
-    ids = {tuple(row["prompt_ids"]): row for row in now}
-    for k, row in enumerate(table.itertuples()):
-        for p, value in zip(parameters_of_twin, trajectory[k], strict=True):
-            p.data.copy_(value)
-        rows = [next(r for prompt, r in ids.items() if tuple(batch[0, : len(prompt)].tolist()) == prompt) for batch in batches[4 * k : 4 * k + 4]]
-        new, halves = flat_gradient(trainer, rows), next(drawn)
-        old_gradient = flat_gradient(trainer, [*halves[0], *halves[1]])
-        moved = torch.cat([(b - a).flatten() for a, b in zip(trajectory[k], trajectory[k + 1], strict=True)]).double()
-        assert row.cosine == pytest.approx(float(new @ old_gradient / new.norm() / old_gradient.norm()), abs=1e-5)
-        assert row.loss_new == pytest.approx(training.history_table(trainer)["loss"][k], rel=1e-4)
-        assert row.norm_new == pytest.approx(float(new.norm()), rel=1e-4)
-        assert row.ledger == pytest.approx(float(old_gradient @ moved), abs=1e-5)
-        assert row.within_cosine == pytest.approx(float(torch.nn.functional.cosine_similarity(*(flat_gradient(trainer, h) for h in halves), dim=0)), abs=1e-5)
-
-
 def test_adapters_of_other_parameters_are_refused(tmp_path, stage1, parameters):
     paths = RunPaths(tmp_path, "smoke", "s", "a-then-b", 0)
     shutil.copytree(stage1[0], paths.checkpoint(1))
     check_trained(paths, stages=1, parameters=parameters | {"resamples": 7})
     with pytest.raises(StudyError, match=r"stage1 was trained with beta = 0\.3, here it is 0\.1\. Delete .*seed-0 and run"):
         check_trained(paths, stages=1, parameters={"beta": 0.1})
-
-
-def test_draws_follow_their_seed(root, tokenizer, parameters):
-    rows, _ = rows_for(fresh(root), random_pairs(16))
-    one, same, other = (next(training._half_batches(rows, 4, list, seed=s)) for s in (0, 0, 1))
-    assert one == same != other
-    assert not {tuple(r["prompt_ids"]) for r in one[0]} & {tuple(r["prompt_ids"]) for r in one[1]}
-    with pytest.raises(StudyError, match="conflict_pairs = 40 exceeds the 16"):
-        next(training._half_batches(rows, 20, list, seed=0))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(root, tokenizer, parameters, tmp_path):
