@@ -209,7 +209,7 @@ def displaced_likelihood(table: pd.DataFrame, *, objectives: Sequence[str], capt
     )
     bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="change of summed log-probability (nats)"), y2="high:Q")
     points = base.mark_point(filled=True, size=70, opacity=1).encode(y="change:Q")
-    zero = base.mark_rule(color=GREY, strokeDash=[4, 3]).encode(y=alt.datum(0), color=alt.value(GREY))
+    zero = alt.Chart(long).mark_rule(color=GREY, strokeDash=[4, 3]).encode(y=alt.datum(0))
     return alt.layer(zero, bars, points).properties(width=220, height=200).facet(
         column=alt.Column("objective:N", sort=list(objectives), title=None)
     ).properties(

@@ -252,6 +252,17 @@ def test_a_batch_that_was_not_accumulated_has_no_halves(root, tokenizer, paramet
     assert np.isfinite(training.history_table(trainer)["loss"]).all()
 
 
+def test_a_short_last_batch_has_no_halves_and_the_others_keep_theirs(root, tokenizer, parameters, stage1):
+    now, _ = rows_for(fresh(root), random_pairs(14, seed=1), "harmless")
+    old, _ = rows_for(fresh(root), random_pairs(16))
+    options = {"stage": 2, "previous": stage1, "earlier": {"old0": old}, "output_dir": stage1.parent}
+    trainer = training.stage_trainer(fresh(root), tokenizer, now, parameters=parameters | EVERY, **options)
+    trainer.train()
+    assert trainer.conflict_table()["matched_cosine"].isna().tolist() == [False, False, False, True]
+    assert trainer.conflict_table()["cosine"].notna().all()
+    assert ledger.segments(trainer.ledger_table())["step"].tolist() == [1, 2, 3, 4]
+
+
 def test_draws_follow_their_key_and_nothing_else():
     one, same, *others = (training.drawn(50, 8, key=key) for key in ((0, 1, 2, 3), (0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)))
     assert one == same and one not in others
