@@ -31,6 +31,8 @@ MATMUL = 2048
 """Side of the square float32 matrices whose product sets the ceiling."""
 MEMORY_PAIRS = 1000
 """Pairs of the tiny model's scoring whose memory is compared with that of ten times as many."""
+OVERHEAD_PAIRS = 64
+"""Pairs of the stage on which the cost of measuring is taken."""
 COLUMNS = ["what", "compared with", "ratio", "low", "high", "value", "unit", "runs"]
 
 
@@ -65,7 +67,7 @@ def bench(root: Path, *, rows: str, base_model: str, pairs: int, repeats: int) -
         raise StudyError(f"{parameters['source']} has {len(table)} usable pairs, the bench was asked for {pairs}. Ask for fewer.")
     encoded = data.encode_table(tokenizer, table.head(pairs))
     found = [*_scoring(root, parameters, tokenizer, encoded, repeats), *_training(root, parameters, tokenizer, encoded[: max(8, pairs // 3)], repeats)]
-    found += [*_growth(root, parameters, tokenizer, table, pairs), *_memory(root)]
+    found += [*_overhead(root, parameters, tokenizer, table), *_growth(root, parameters, tokenizer, table, pairs), *_memory(root)]
     return pd.DataFrame(found, columns=COLUMNS)
 
 
@@ -192,6 +194,31 @@ def _training(root: Path, parameters: dict[str, Any], tokenizer: Any, encoded: l
         _alternate({names[0]: ours, names[1]: theirs}, repeats)
     _agree("training losses", losses[names[0]], losses[names[1]], tolerance=2e-3)
     return [_ratio(*names, seconds, pairs=len(encoded))]
+
+
+def _overhead(root: Path, parameters: dict[str, Any], tokenizer: Any, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Seconds of a stage that measures conflict and ledger over those of one that does not, with as many measured pairs at a time as a step has."""
+    half = min(OVERHEAD_PAIRS, len(table) // 2)
+    encoded = data.encode_table(tokenizer, table.head(2 * half))
+    base = models.load_base(root, parameters["base_model"], dtype="float32")
+    labels = pd.DataFrame({"pair_id": range(2 * half), "prompt_id": "", "objective": "harmless", "split": "train"})
+    scores = scoring.score_pairs(base, labels, encoded, checkpoint="base", token_budget=1024)
+    now, old = (training.training_rows(encoded[part], scores[part]) for part in (slice(half), slice(half, None)))
+    sizes = {"pairs_per_step": 4, "conflict_pairs": 2, "probe_pairs": 2}
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"output_dir": Path(folder), "stage": 2, "earlier": {"harmless": old}}
+        for every in (0, 1, 4):
+            measuring = {"conflict_every": every, "ledger_every": max(every, 1)} | ({} if every else {"probe_pairs": 0})
+            fresh = models.load_base(root, parameters["base_model"], dtype="float32")
+            trainer = training.stage_trainer(fresh, tokenizer, now, parameters=parameters | sizes | measuring, **options)
+            seconds[every] = _seconds(trainer.train)
+    rows = []
+    for every, words in ((1, "every step"), (4, "every fourth step")):
+        ratio = seconds[every] / seconds[0]
+        row = {"what": f"seconds of a stage that measures conflict and ledger {words}", "compared with": "of one that does not", "ratio": ratio}
+        rows.append(row | {"low": ratio, "high": ratio, "value": seconds[every], "unit": f"s for {half} pairs", "runs": 1})
+    return rows
 
 
 def _growth(root: Path, parameters: dict[str, Any], tokenizer: Any, table: pd.DataFrame, pairs: int) -> list[dict[str, Any]]:
