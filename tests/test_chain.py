@@ -16,7 +16,7 @@ from peft import PeftModel
 from test_charts import OUTSIDE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from seqdpo_utils import models, params, scoring
+from seqdpo_utils import models, params, recording, scoring
 from seqdpo_utils.ledger import LEDGER_COLUMNS
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS
 from seqdpo_utils.metrics import MEASURES
@@ -98,6 +98,18 @@ def test_columns_are_those_of_the_contract(study):
         assert {"objective", "key", "quartile", "n_pairs", "change", "change_low", "change_high"} <= set(
             pd.read_parquet(chain / "tables" / "quartiles.parquet")
         )
+
+
+def test_every_pair_was_scored_once_under_the_base(study):
+    """Over all settings, orders and stages, and whatever study ran before in this folder."""
+    (cache,) = [folder for folder in (study.parent / "reference").iterdir() if folder.is_dir()]
+    counter = recording.times_scored(cache)
+    pairs = pd.concat(map(pd.read_parquet, study.glob("*/data/*.parquet")))
+    assert counter.max() == 1 and set(pairs["pair_id"]) <= set(counter.index)
+    for setting, _, chain in chains(study):
+        report = json.loads((chain / "run.json").read_text())["scoring"]
+        assert set(report) == {"base", "stage1", "stage2"} and report["stage2"]["pass_used"] == recording.SHARED
+        assert report["base"]["pairs"] == len(pd.read_parquet(study / setting / "scores" / "base.parquet"))
 
 
 def test_run_json_tells_what_was_run(study):
