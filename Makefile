@@ -5,6 +5,7 @@ SETTINGS ?=
 SEEDS ?=
 SET ?=
 GPU ?=
+LAUNCH ?=
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
@@ -12,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: study plan test setup appendix classroom lint clean lab
 
 study: setup
-	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
+	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET)) $(if $(LAUNCH),--launch "$(LAUNCH)")
 
 test: setup
 	@HF_HUB_OFFLINE=1 python -m pytest
