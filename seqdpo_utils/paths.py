@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,10 +93,22 @@ class RunPaths:
         return self.chain_dir / "tables" / f"{name}.parquet"
 
 
+def process_number() -> int:
+    """Which of the processes that train one stage together this is, as the launcher says; 0 writes the files, and stands alone without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def wait_for_all() -> None:
+    """Let every process of a stage come to this point, so that what one wrote lies there for all."""
+    torch = sys.modules.get("torch")  # not imported for this: without it there is nobody to wait for
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """Call `write` with a temporary neighbour of `path`, then rename it into place.
 
-    A process killed half-way leaves `path` as it was.
+    A process killed half-way leaves `path` as it was. Of several processes the first writes and the others wait.
 
     Args:
         path: the file to appear.
@@ -104,6 +117,9 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     Raises:
         OSError: what `write` or the disk raised; the temporary file is removed.
     """
+    if process_number():
+        wait_for_all()
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -112,6 +128,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()
+    wait_for_all()
     return path
 
 

@@ -28,7 +28,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from seqdpo_utils import access, params
-from seqdpo_utils.paths import RunPaths, StudyError, check_trained, project_root, read_json, read_report, read_table, write_json, write_whole
+from seqdpo_utils.paths import RunPaths, StudyError, check_trained, process_number, project_root, read_json, read_report, read_table, write_json, write_whole
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
 QUIET = {
@@ -148,6 +148,8 @@ def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, labe
     Raises:
         StudyError: when a cell failed or the kernel died, with the path of what was kept.
     """
+    if process_number():  # of several processes on one stage, all but the first run the notebook for the training alone
+        target = Path(tempfile.mkdtemp(prefix="seqdpo")) / target.name
     partial, failure = target.with_suffix(".partial.ipynb"), target.with_suffix(".error.txt")
     target.parent.mkdir(parents=True, exist_ok=True)
     failure.unlink(missing_ok=True)
@@ -169,6 +171,8 @@ def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, labe
             failure.write_text(f"{cause}\n{error}\n", encoding="utf-8")
             raise StudyError(f"{label} failed: {cause}\nThe notebook is kept as {partial}") from error
     os.replace(partial, target)
+    if process_number():
+        shutil.rmtree(target.parent)
     print(f"  {label} | done in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -221,9 +225,10 @@ def _chosen(root: Path, *, scale: str, settings: list[str], seeds: list[int] | N
     return chosen, seeds
 
 
-def study(root: Path, chosen: list[dict[str, Any]], *, seeds: list[int], overrides: dict[str, Any], cores: int) -> int:
+def study(root: Path, chosen: list[dict[str, Any]], *, seeds: list[int], overrides: dict[str, Any], cores: int, launch: str = "") -> int:
     """Run everything that is missing or out of date; return the exit status.
 
+    `launch` is a launcher's command line ("accelerate launch --num_processes 2") that starts every training notebook in several processes.
     Whether models, sources and room on the disk can be had is checked first. A lock refuses a second start on the same scale; the marks of a killed run are
     cleared and its unfinished notebooks run again. What failed is listed last.
     """
@@ -232,7 +237,7 @@ def study(root: Path, chosen: list[dict[str, Any]], *, seeds: list[int], overrid
     results = root / "runs" / scale
     results.mkdir(parents=True, exist_ok=True)
     gpus = len(visible_gpus())
-    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpus": gpus}
+    config = {"scale": scale, "settings": settings, "seeds": seeds, "overrides": overrides, "gpus": gpus, "launch": launch}
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile"), "--directory", str(root), "--cores", str(cores),
         "--resources", f"gpu={gpus}", "--rerun-triggers", "mtime", "input", "params", "--rerun-incomplete", "--max-checksum-file-size", "1GB",
@@ -287,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seqdpo_utils", description="Sequential DPO as a notebook study.")
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser("study", help="run every notebook that is missing or out of date, then render the appendix")
+    whole.add_argument("--launch", default="", help="a launcher's command line for the training notebooks, to share each stage among several processes")
     whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     ahead = commands.add_parser("plan", help="say what a study would run and need, and what is missing; nothing is downloaded or computed")
     ahead.add_argument("--gpu", default="H100 80GB")
@@ -328,7 +334,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         settings = options.settings or sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))
         chosen, seeds = _chosen(root, scale=options.scale, settings=settings, seeds=options.seeds, words=options.words)
     if options.command == "study":
-        return study(root, chosen, seeds=seeds, overrides=params.parse_overrides(options.words), cores=options.cores)
+        return study(root, chosen, seeds=seeds, overrides=params.parse_overrides(options.words), cores=options.cores, launch=options.launch)
     if options.command == "plan":
         from seqdpo_utils import plan
 

@@ -7,8 +7,10 @@ same weights (`ConflictAwareDPOTrainer`).
 
 import copy
 import itertools
+import json
 import logging
 import math
+import os
 import shutil
 import time
 import types
@@ -36,7 +38,7 @@ from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
 from seqdpo_utils.ledger import LEDGER_COLUMNS, ProbePoint, segment_rows
 from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
-from seqdpo_utils.paths import RunPaths, StudyError, read_json, read_table, write_json
+from seqdpo_utils.paths import RunPaths, StudyError, process_number, read_json, read_table, wait_for_all
 from seqdpo_utils.recording import records_of
 from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, completion_logps, distrust, pack_rows, rounding, sequence_logp
 
@@ -112,7 +114,17 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
     """TRL's configuration for a stage of `pairs` pairs; each stage has a fresh optimiser and schedule.
 
     Warm-up steps are rounded down: the first of them has learning rate zero, which a stage of few steps cannot spare.
+    Several processes share the pairs of a step.
+
+    Raises:
+        StudyError: when the processes cannot share them evenly.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if parameters["pairs_per_step"] % (parameters["pairs_per_device"] * processes):
+        raise StudyError(
+            f"pairs_per_step = {parameters['pairs_per_step']} is no multiple of pairs_per_device = {parameters['pairs_per_device']} "
+            f"times {processes} processes: change one of them, or launch another number of processes."
+        )
     on_cpu = compute_device().type == "cpu"
     steps = math.ceil(pairs / parameters["pairs_per_step"]) * parameters["epochs"]
     return DPOConfig(
@@ -121,13 +133,14 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
         learning_rate=parameters["learning_rate"],
         num_train_epochs=parameters["epochs"],
         per_device_train_batch_size=parameters["pairs_per_device"],
-        gradient_accumulation_steps=parameters["pairs_per_step"] // parameters["pairs_per_device"],
+        gradient_accumulation_steps=parameters["pairs_per_step"] // (parameters["pairs_per_device"] * processes),
         lr_scheduler_type="cosine",
         warmup_steps=int(parameters["warmup_ratio"] * steps),
         max_grad_norm=parameters["max_grad_norm"],
         max_length=None,  # rows that do not fit were dropped and counted when the data was prepared
         activation_checkpointing=parameters["activation_checkpointing"],
         precompute_ref_log_probs=True,
+        ddp_find_unused_parameters=False,  # every adapter weight is used in every pass
         seed=parameters["seed"],
         use_cpu=on_cpu,
         bf16=not on_cpu and parameters["dtype"] == "bfloat16",
@@ -222,13 +235,17 @@ class ConflictAwareDPOTrainer(DPOTrainer):
             )
         if self.conflict_every and self.state.global_step % self.conflict_every == 0:
             self._micro_batches += 1
-            self._loss_new += loss.item()
+            self._loss_new += self._over_processes(loss.detach()).item()
             accumulation = self.args.gradient_accumulation_steps
             if 2 * self._micro_batches == accumulation:
-                self._first_half = [p.grad.detach().clone() for p in self._adapter()]
+                self._first_half = [self._over_processes(p.grad.detach().clone()) for p in self._adapter()]
             if self.accelerator.sync_gradients:
                 self._measure_conflict()
         return loss
+
+    def _over_processes(self, value: Tensor) -> Tensor:
+        """Mean over the processes of a stage. At the last micro-batch `.grad` is that mean already; before it each process has its own."""
+        return self.accelerator.reduce(value, reduction="mean")
 
     def _adapter(self) -> list[Tensor]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -594,6 +611,9 @@ def save_adapter(trainer: DPOTrainer, folder: Path, *, parameters: dict[str, Any
     Returns:
         The manifest: hash of the weights, device and dtype, and those of the `parameters` that shaped the weights.
     """
+    if process_number():
+        wait_for_all()
+        return read_json(folder / "manifest.json")
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     trainer.model.save_pretrained(beside, safe_serialization=True)
@@ -603,7 +623,8 @@ def save_adapter(trainer: DPOTrainer, folder: Path, *, parameters: dict[str, Any
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "parameters": {key: parameters[key] for key in _SHAPING if key in parameters},
     }
-    write_json(beside / "manifest.json", manifest)
+    (beside / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+    wait_for_all()
     return manifest
