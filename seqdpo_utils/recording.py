@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from seqdpo_utils.data import encode_table
-from seqdpo_utils.paths import REPORT_KEY, StudyError, write_table, write_whole
+from seqdpo_utils.paths import REPORT_KEY, StudyError, read_report, write_table, write_whole
 from seqdpo_utils.scoring import PromptRow, bare_model, distrust, prompt_rows, rounding, score_pairs, score_rows
 
 CHUNK_PAIRS = 4096
@@ -143,7 +143,7 @@ def _write_records(
             raise StudyError(f"{', '.join(map(str, files))} hold no pair of the splits {list(splits)}: nothing to score.")
 
     write_whole(target, write)
-    return report
+    return read_report(target)  # of several processes only the first has scored
 
 
 def _cached(cache: Path, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -269,12 +270,18 @@ def _check_access(root: Path, chosen: list[dict[str, Any]]) -> None:
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """Wait for Snakemake; an interrupt reaches it too, so give it the time to stop its notebooks."""
+    """Wait for Snakemake; an interrupt reaches it too, so give it the time to stop its notebooks.
+
+    A request to end, as batch systems send it at the time limit, is handed on as an interrupt.
+    """
+    former = signal.signal(signal.SIGTERM, lambda *_: process.send_signal(signal.SIGINT))
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.wait()
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def student_copies(root: Path) -> Path:

@@ -148,6 +148,7 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
         logging_steps=1,
         save_strategy="no",
         report_to="none",
+        ddp_timeout=24 * 3600,  # of several processes the first scores while the others wait
         disable_tqdm=True,
     )
 
