@@ -39,6 +39,7 @@ _GATED_SHAPES = {
 }  # fmt: skip
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.52}  # nf4: four bits and doubly quantised constants
 _CONFLICT_COPIES = 6  # gradients kept at once while conflict is measured
+_LEDGER_COPIES = 3  # the last point's weights and gradient, and the gradient being taken
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,19 @@ def notebooks(chosen: list[dict[str, Any]], seeds: list[int]) -> dict[str, int]:
 
 
 def work(chosen: list[dict[str, Any]], seeds: list[int]) -> Work:
-    """Pairs trained on, measured for conflict and scored, as many as the parameters ask for."""
+    """Pairs trained on, measured (gradients for conflict and ledger) and scored (drift from the base included), as many as the parameters ask for."""
     trained = measured = scored = 0
     for flat in chosen:
         objectives, chains = len(flat["objectives"]), len(orders_of(flat)) * len(seeds)
         steps = math.ceil(flat["train_pairs"] / flat["pairs_per_step"]) * flat["epochs"]
         measurements = math.ceil(steps / flat["conflict_every"]) if flat["conflict_every"] else 0
+        points = 1 + math.ceil(steps / flat["ledger_every"]) if flat["probe_pairs"] else 0
         earlier = objectives * (objectives - 1) // 2
         trained += chains * objectives * flat["train_pairs"] * flat["epochs"]
-        measured += chains * earlier * measurements * flat["conflict_pairs"]
+        measured += chains * earlier * (measurements * flat["conflict_pairs"] + points * flat["probe_pairs"])
         scored += objectives * (flat["train_pairs"] + flat["eval_pairs"])
         scored += chains * objectives * objectives * sum(flat[f"{split}_pairs"] for split in set(flat["scored_splits"]))
+        scored += chains * objectives * objectives * 2 * min(flat["kl_pairs"], flat["eval_pairs"])  # policy and base
     return Work(steps, trained, measured, scored)
 
 
@@ -119,7 +122,7 @@ def memory(shape: Shape, flat: dict[str, Any], *, tokens: int, checkpointing: bo
         checkpointing: whether only the input of each layer is kept.
 
     Returns:
-        Weights, adapter, its gradient, AdamW's two moments, the gradients of the conflict measurement, activations and logits.
+        Weights, adapter, its gradient, AdamW's two moments, the gradients of conflict and ledger, activations and logits.
     """
     number = _BYTES[flat["dtype"]]
     linear = _BYTES[flat["quantization"] or flat["dtype"]]
@@ -133,7 +136,7 @@ def memory(shape: Shape, flat: dict[str, Any], *, tokens: int, checkpointing: bo
         "adapter": gradient,
         "gradient": gradient,
         "AdamW": 2 * gradient,
-        "conflict": _CONFLICT_COPIES * gradient if flat["conflict_every"] else 0.0,
+        "measuring": (_CONFLICT_COPIES if flat["conflict_every"] else 0) * gradient + (_LEDGER_COPIES if flat["probe_pairs"] else 0) * gradient,
         "activations": kept,
         "logits": 3 * 4.0 * HEAD_ROWS * shape.vocabulary,
     }
@@ -190,7 +193,7 @@ def _what_runs(chosen: list[dict[str, Any]], seeds: list[int], amount: Work) -> 
         f"notebooks   {sum(counted.values())}: " + ", ".join(f"{number} x {count}" for number, count in counted.items()),
         f"pairs       {flat['train_pairs']:,} to train and {flat['eval_pairs']:,} to evaluate an objective, as asked for; a source may have fewer",
         f"steps       {amount.steps_a_stage:,} optimiser steps a stage of {flat['pairs_per_step']} pairs, at most {flat['max_length']} tokens of prompt and longer answer",
-        f"in all      {amount.trained:,} pairs trained, {amount.measured:,} measured for conflict, {amount.scored:,} scored",
+        f"in all      {amount.trained:,} pairs trained, {amount.measured:,} measured for conflict and ledger, {amount.scored:,} scored",
     ]
 
 
@@ -208,7 +211,7 @@ def _what_it_takes(shape: Shape, amount: Work, flat: dict[str, Any], *, gpu: str
         "            " + ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items()),
         f"            with activation checkpointing {totals[True] / 1e9:.1f}, without {totals[False] / 1e9:.1f}; {gpu} has {room / 1e9:.0f}",
         f"            activations: tokens x layers x ({factor} x hidden + 4 x intermediate) numbers; under checkpointing hidden a layer, and one layer whole;",
-        f"            conflict: {_CONFLICT_COPIES} gradients; logits: 3 x {HEAD_ROWS} x vocabulary in float32",
+        f"            measuring: {_CONFLICT_COPIES} gradients for conflict, {_LEDGER_COPIES} for the ledger; logits: 3 x {HEAD_ROWS} x vocabulary in float32",
         f"\nhours on one {gpu} (estimate, starts and figures left out)",
         f"            {hours(shape, amount, flat, tokens=tokens, peak=peak):.1f} at {tokens} tokens a pair, {hours(shape, amount, flat, tokens=most, peak=peak):.1f} at {most}, the most",
         f"            tokens x weights x (2 forward + 2 backward{' + 2 recompute' if flat['activation_checkpointing'] else ''}; scoring 2) FLOP,",

@@ -1,8 +1,7 @@
 """One DPO stage after another on the same adapter, with the base model as the reference of each.
 
-Loss, optimiser, schedule and logging are TRL's `DPOTrainer`. Three things are ours: the tokens and reference sums come
-ready-made, a pair's prompt is computed once, and at chosen steps the gradient of each earlier objective is taken at the
-same weights (`ConflictAwareDPOTrainer`).
+Loss, optimiser, schedule and logging are TRL's `DPOTrainer`, by way of `trainer.ConflictAwareDPOTrainer`. Here a stage is put together from the run's
+files, its reference is proven before the first step, and its adapter is saved.
 """
 
 import copy
@@ -13,21 +12,14 @@ import math
 import os
 import shutil
 import time
-import types
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -35,12 +27,11 @@ from trl import DPOConfig, DPOTrainer
 
 from seqdpo_utils.data import data_fingerprint, encode_table
 from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
-from seqdpo_utils.ledger import LEDGER_COLUMNS, ProbePoint, segment_rows
-from seqdpo_utils.mechanics import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
 from seqdpo_utils.paths import RunPaths, StudyError, process_number, read_json, read_table, wait_for_all
 from seqdpo_utils.recording import records_of
-from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, completion_logps, distrust, pack_rows, rounding, sequence_logp
+from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, distrust, rounding, sequence_logp
+from seqdpo_utils.trainer import ConflictAwareDPOTrainer, share_prompts
 
 logging.getLogger("trl").setLevel(logging.ERROR)
 
@@ -50,8 +41,6 @@ _SHAPING = (
     "order", "seed", "base_model", "base_model_revision", "dtype", "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "beta", "epochs",
     "pairs_per_step", "pairs_per_device", "warmup_ratio", "max_grad_norm",
 )  # fmt: skip
-_LOGGED = ("loss_old", "norm_old", "cosine", "matched_cosine", "within_cosine", "within_new_cosine", "corrected_cosine")
-_NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
 
 
 def fingerprints(root: Path, tables: dict[str, pd.DataFrame], tokenizer: Any, *, parameters: dict[str, Any]) -> dict[str, str]:
@@ -153,266 +142,6 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
     )
 
 
-class ConflictAwareDPOTrainer(DPOTrainer):
-    """Stage-k DPO that also measures the gradients of the earlier objectives at the current weights.
-
-    Two measurements, each on pairs of its own. The conflict: `g_new`, the accumulated gradient of an optimiser step before clipping, against `g_old`, the
-    gradient of the same loss, with the same reference, on earlier pairs drawn anew. The ledger: loss and full gradient of a fixed set of earlier pairs at points
-    along the stage, and the displacement between them (`seqdpo_utils.ledger`). `.grad`, the random state, the optimiser and TRL's own metrics are left
-    as they were, so the trained weights are the same with and without measuring; dropout is off in what is measured. The numbers go
-    into the trainer's log as `conflict/<objective>/...` and `ledger/<objective>/...` and into two tables.
-
-    Args:
-        earlier: earlier objective to its data set, with the columns of `training_rows`, in the order of training.
-        conflict_every: measure the conflict at step 1, 1 + n, 1 + 2n, ...; 0 never does.
-        conflict_pairs: pairs of an earlier objective in one measurement, an even number.
-        ledger_every: a point of the ledger before the first step, every n steps and after the last.
-        probe_pairs: fixed pairs of each earlier objective behind the ledger; 0 keeps none.
-        stage: number of the stage, from 1.
-
-    Raises:
-        StudyError: when an earlier objective has fewer pairs than are asked for.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        *,
-        earlier: dict[str, Dataset] | None = None,
-        conflict_every: int = 0,
-        conflict_pairs: int = 2,
-        ledger_every: int = 1,
-        probe_pairs: int = 0,
-        stage: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(model, **options)
-        self.earlier = earlier or {}
-        self.conflict_every, self.conflict_pairs = conflict_every if self.earlier else 0, conflict_pairs
-        self.ledger_every, self.stage = ledger_every, stage
-        seed = self.args.seed
-        sizes = {name: len(rows) for name, rows in self.earlier.items()}
-        _check_sizes(sizes, {"conflict_pairs": conflict_pairs if conflict_every else 0, "probe_pairs": probe_pairs})
-        self._probes = {
-            name: [rows[i] for i in drawn(sizes[name], probe_pairs, key=(seed, number))]
-            for number, (name, rows) in enumerate(self.earlier.items())
-            if probe_pairs
-        }
-        self.conflict_records: list[dict[str, Any]] = []
-        self.ledger_records: list[dict[str, Any]] = []
-        self._pending: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
-        self._points: dict[str, ProbePoint] = {}
-        self._probed_at: list[Tensor] = []
-        self._first_half: list[Tensor] | None = None
-        self._micro_batches = 0
-        self._loss_new = 0.0
-        self.add_callback(_Measuring(self))
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
-        pairs, window = self.args.per_device_train_batch_size, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        if pairs == 1:
-            return super()._get_train_sampler(train_dataset)  # nothing is padded, so there is nothing to group
-        lengths = [row_tokens(row) for row in train_dataset or self.train_dataset]
-        return LengthGrouped(lengths, window=window * self.args.world_size, batch=pairs, seed=self.args.seed)
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset  # already token ids: the same ones that the scorer uses
-
-    def _precompute_ref_logps(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset  # already carries the base model's sums; `prove_reference` checks them
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
-        loss = super()._compute_loss(model, inputs, return_outputs)
-        for name in _NOT_COMPUTED:
-            self._metrics["train" if self.model.training else "eval"].pop(name, None)
-        return loss
-
-    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise StudyError(
-                f"the loss of stage {self.stage} became {float(loss)} at step {self.state.global_step + 1}. "
-                f"Lower learning_rate (now {self.args.learning_rate}) or use float32. Nothing of this stage was saved."
-            )
-        if self.conflict_every and self.state.global_step % self.conflict_every == 0:
-            self._micro_batches += 1
-            self._loss_new += self._over_processes(loss.detach()).item()
-            accumulation = self.args.gradient_accumulation_steps
-            if 2 * self._micro_batches == accumulation:
-                self._first_half = [self._over_processes(p.grad.detach().clone()) for p in self._adapter()]
-            if self.accelerator.sync_gradients:
-                self._measure_conflict()
-        return loss
-
-    def _over_processes(self, value: Tensor) -> Tensor:
-        """Mean over the processes of a stage. At the last micro-batch `.grad` is that mean already; before it each process has its own."""
-        return self.accelerator.reduce(value, reduction="mean")
-
-    def _adapter(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def _measure_conflict(self) -> None:
-        adapter = self._adapter()
-        whole = [p.grad.detach() for p in adapter]
-        # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after it (a short last batch has none)
-        halves = None
-        if self._first_half is not None and self._micro_batches == self.args.gradient_accumulation_steps:
-            halves = (self._first_half, [w - a for w, a in zip(whole, self._first_half, strict=True)])
-        loss_new, self._loss_new = self._loss_new, 0.0
-        self._first_half, self._micro_batches = None, 0
-        before = [p.detach().clone() for p in adapter]
-        step, half = self.state.global_step + 1, self.conflict_pairs // 2
-        for number, (name, rows) in enumerate(self.earlier.items()):
-            # a function of seed, stage and step, not of the draws before: a resumed stage draws the same
-            chosen = drawn(len(rows), self.conflict_pairs, key=(self.args.seed, number, self.stage, step))
-            (loss_a, old_a), (loss_b, old_b) = (self._gradient_of([rows[i] for i in part], adapter) for part in (chosen[:half], chosen[half:]))
-            row = conflict_row(new=whole, new_halves=halves, old_halves=(old_a, old_b))
-            row |= {"step": step, "stage": self.stage, "previous_objective": name, "loss_new": loss_new, "loss_old": (loss_a + loss_b) / 2}
-            self._note(f"conflict/{name}", {key: row[key] for key in _LOGGED})
-            old = [a.add_(b).div_(2) for a, b in zip(old_a, old_b, strict=True)]  # kept for the ledger column, until the step was taken
-            self._pending.append((row, old, before))
-
-    def _gradient_of(self, rows: Sequence[dict[str, Any]], adapter: list[Tensor]) -> tuple[float, list[Tensor]]:
-        """Mean DPO loss over `rows` and its gradient, in micro-batches of the training's size, without a trace in log or random state."""
-        kept = self._metrics, self._total_train_tokens
-        self._metrics = {mode: defaultdict(list) for mode in self._metrics}
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        size = self.args.per_device_train_batch_size
-        mean, gradient = 0.0, [torch.zeros_like(p) for p in adapter]
-        try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad(), _dropout_off(self.model):
-                for start in range(0, len(rows), size):
-                    part = list(rows[start : start + size])
-                    batch = self._prepare_inputs(self.data_collator(part))
-                    loss = self.compute_loss(self.accelerator.unwrap_model(self.model_wrapped), batch)
-                    mean += loss.item() * len(part) / len(rows)
-                    for total, piece in zip(gradient, torch.autograd.grad(loss, adapter), strict=True):
-                        total.add_(piece, alpha=len(part) / len(rows))
-        finally:
-            self._metrics, self._total_train_tokens = kept
-        return mean, gradient
-
-    def _note(self, prefix: str, values: dict[str, float | None]) -> None:
-        for key, value in values.items():
-            if value is not None:  # a NaN would poison the mean that TRL logs
-                self._metrics["train"][f"{prefix}/{key}"].append(value)
-
-    def begin_ledger(self) -> None:
-        """Open the ledger at the weights as they are, before the first step of a run."""
-        self._points, self._probed_at = {}, []
-        self.model.train()  # as every training step does; activation checkpointing needs it
-        self._probe()
-
-    def finish_step(self, *, last: bool) -> None:
-        """Complete this step's records with g_old . (weights after - weights before), the optimiser's actual step, and enter the ledger where it is due."""
-        for row, old, before in self._pending:
-            moved = [p.detach() - b for p, b in zip(self._adapter(), before, strict=True)]
-            row["ledger"] = dot(old, moved)
-            self._note(f"conflict/{row['previous_objective']}", {"ledger": row["ledger"]})
-            self.conflict_records.append(row)
-        self._pending = []
-        if last or self.state.global_step % self.ledger_every == 0:
-            self._probe()
-
-    def _probe(self) -> None:
-        """Loss and gradient of every probe set here; each point ends one segment and begins the next, so none is computed twice."""
-        if not self._probes:
-            return
-        adapter, names = self._adapter(), [name for name, p in self.model.named_parameters() if p.requires_grad]
-        moved = [p.detach() - before for p, before in zip(adapter, self._probed_at, strict=True)] if self._probed_at else None
-        for name, rows in self._probes.items():
-            point = ProbePoint(self.state.global_step, *self._gradient_of(rows, adapter))
-            if moved is not None:
-                entries = segment_rows(names, self._points[name], point, moved)
-                self.ledger_records += [{"stage": self.stage, "previous_objective": name} | entry for entry in entries]
-                self._note(f"ledger/{name}", {"loss": point.loss, "term": sum(entry["term"] for entry in entries)})
-            self._points[name] = point
-        self._probed_at = [p.detach().clone() for p in adapter]
-
-    def conflict_table(self) -> pd.DataFrame:
-        """One row a measured step and earlier objective; empty, with its columns, when nothing was measured."""
-        return pd.DataFrame(self.conflict_records, columns=list(CONFLICT_COLUMNS))
-
-    def ledger_table(self) -> pd.DataFrame:
-        """One row a segment, earlier objective, layer and module; empty, with its columns, when no ledger was kept."""
-        return pd.DataFrame(self.ledger_records, columns=list(LEDGER_COLUMNS)).astype({"layer": "Int64"})
-
-
-def row_tokens(row: dict[str, Any]) -> int:
-    """Length of a pair's row `[prompt, chosen, rejected]` in tokens."""
-    return len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-
-class LengthGrouped(torch.utils.data.Sampler):
-    """A random order in which the pairs of one forward pass have like lengths.
-
-    The pairs are shuffled and cut into windows, one an optimiser step. Within a window they are sorted into batches, and the batches
-    shuffled: every step sees the same pairs as without grouping, in batches of equal size, so its gradient is the same up to rounding.
-
-    Args:
-        lengths: tokens of every pair.
-        window: pairs behind one optimiser step.
-        batch: pairs in one forward pass.
-        seed: with the epoch, the only source of chance.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, window: int, batch: int, seed: int) -> None:
-        self.lengths, self.window, self.batch, self.seed, self.epoch = lengths, window, batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called before each epoch: every epoch has an order of its own, also in a run that was resumed."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.window):
-            pairs = sorted(order[start : start + self.window], key=lambda i: -self.lengths[i])
-            batches = [pairs[k : k + self.batch] for k in range(0, len(pairs), self.batch)]
-            full = len(batches) - (len(batches[-1]) < self.batch)  # a short last batch stays last: batches are cut anew downstream
-            for k in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
-                yield from batches[k]
-
-
-def drawn(count: int, wanted: int, *, key: Sequence[int]) -> list[int]:
-    """`wanted` different numbers below `count`, ruled by `key` and by nothing else."""
-    return np.random.default_rng(list(key)).permutation(count)[:wanted].tolist()
-
-
-def _check_sizes(sizes: dict[str, int], wanted: dict[str, int]) -> None:
-    for parameter, pairs in wanted.items():
-        for name, size in sizes.items():
-            if pairs > size:
-                raise StudyError(f"{parameter} = {pairs} exceeds the {size} training pairs of {name}: lower it or raise train_pairs.")
-
-
-@contextmanager
-def _dropout_off(model: torch.nn.Module) -> Iterator[None]:
-    # dropout modules alone: activation checkpointing works in training mode only
-    active = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
-    for module in active:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in active:
-            module.train()
-
-
-class _Measuring(TrainerCallback):
-    def __init__(self, trainer: ConflictAwareDPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.begin_ledger()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.finish_step(last=control.should_training_stop)
-
-
 class _Progress(TrainerCallback):
     """One line with step, loss and time left, at most every five seconds; keeps the seconds of every step."""
 
@@ -438,43 +167,6 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
-
-
-def share_prompts(model: PreTrainedModel) -> None:
-    """Replace the fused head that TRL put on `model` by one that computes a pair's prompt once.
-
-    TRL asks the model for `(2B, L - 1)` log-probabilities of B chosen rows over B rejected ones (`fused_lm_head=True`).
-    The new forward answers with the same numbers from B rows `[prompt, chosen, rejected]` and from logits at
-    completion positions only. Calls without `fused_lm_head` go to the forward that was there. Entropy, mean logits and top-1
-    hits, which TRL would only log, are zero and left out of the log.
-    """
-    original = model.forward
-
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **options: Any) -> Any:
-        if not fused_lm_head:
-            return original(*args, **options)
-        ids, labels = options["input_ids"], options["labels"]
-        scored = labels[:, 1:] != -100
-        rows = _pair_rows(ids.tolist(), scored.tolist())
-        packed = pack_rows(rows).to(ids.device)
-        half = len(rows)
-        # branches run chosen, rejected, chosen, ... over the pairs; TRL's rows run all chosen, then all rejected
-        row = packed.branch // 2 + half * (packed.branch % 2)
-        first = scored.int().argmax(dim=1)
-        position = torch.cat([torch.arange(n, device=ids.device) for n in torch.bincount(packed.branch).tolist()])
-        logps = completion_logps(self, packed)
-        out = logps.new_zeros(scored.shape).index_put((row, first[row] + position), logps)
-        zeros = torch.zeros_like(out)
-        return SimpleNamespace(log_probs=out, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool(), aux_loss=None)
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _pair_rows(ids: list[list[int]], scored: list[list[bool]]) -> list[PromptRow]:
-    half = len(ids) // 2
-    starts = [flags.index(True) + 1 for flags in scored]
-    completions = [row[s : s + sum(flags)] for row, s, flags in zip(ids, starts, scored, strict=True)]
-    return [PromptRow(ids[b][: starts[b]], [completions[b], completions[b + half]]) for b in range(half)]
 
 
 def stage_trainer(

@@ -23,6 +23,7 @@ LAYERS = [
     "divergence",
     "mechanics",
     "ledger",
+    "trainer",
     "training",
     "metrics",
     "rivals",

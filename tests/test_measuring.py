@@ -12,6 +12,7 @@ from test_training import adapter_of, fresh, rows_for
 
 from seqdpo_utils import ledger, params, training
 from seqdpo_utils.paths import StudyError
+from seqdpo_utils.trainer import drawn
 
 EVERY = {"conflict_every": 1, "conflict_pairs": 4, "ledger_every": 1, "probe_pairs": 4}
 NEVER = {"conflict_every": 0, "probe_pairs": 0}
@@ -132,7 +133,7 @@ def test_conflict_equals_brute_force_in_double_precision(root, tokenizer, parame
     for k, row in enumerate(trainer.conflict_table().itertuples()):
         ids = [batch[0].tolist() for batch in batches[4 * k : 4 * k + 4]]
         rows = [next(r for prompt, r in by_prompt.items() if tuple(each[: len(prompt)]) == prompt) for each in ids]
-        chosen = training.drawn(16, 4, key=(parameters["seed"], 0, 2, k + 1))
+        chosen = drawn(16, 4, key=(parameters["seed"], 0, 2, k + 1))
         earlier = [old["old0"][i] for i in chosen]
         (loss_new, new), (loss_old, whole) = (exact.gradient(weights[k], part) for part in (rows, earlier))
         halves = [exact.gradient(weights[k], part)[1] for part in (rows[:2], rows[2:], earlier[:2], earlier[2:])]
@@ -152,7 +153,7 @@ def test_ledger_equals_brute_force_in_double_precision(root, tokenizer, paramete
     trainer, _, old = later_stage(root, tokenizer, parameters, stage1, ledger_every=3, probe_pairs=6, pairs_per_device=2)
     _, weights = train_and_watch(trainer)
     exact = Doubled(root, stage1, parameters["beta"])
-    probe = [old["old0"][i] for i in training.drawn(16, 6, key=(parameters["seed"], 0))]
+    probe = [old["old0"][i] for i in drawn(16, 6, key=(parameters["seed"], 0))]
     table = trainer.ledger_table()
     assert table[["from_step", "step"]].drop_duplicates().to_numpy().tolist() == [[0, 3], [3, 4]]
     for (start, end), segment in table.groupby(["from_step", "step"]):
@@ -264,10 +265,10 @@ def test_a_short_last_batch_has_no_halves_and_the_others_keep_theirs(root, token
 
 
 def test_draws_follow_their_key_and_nothing_else():
-    one, same, *others = (training.drawn(50, 8, key=key) for key in ((0, 1, 2, 3), (0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)))
+    one, same, *others = (drawn(50, 8, key=key) for key in ((0, 1, 2, 3), (0, 1, 2, 3), (1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4)))
     assert one == same and one not in others
     assert len(set(one)) == 8 and max(one) < 50
-    assert sorted(training.drawn(5, 5, key=(0,))) == [0, 1, 2, 3, 4]
+    assert sorted(drawn(5, 5, key=(0,))) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

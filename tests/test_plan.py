@@ -71,13 +71,22 @@ def test_the_notebooks_counted_are_those_that_snakemake_would_run(root, tmp_path
 
 def test_pairs_by_hand(paper):
     """Two objectives, two orders, two seeds: 4 chains of 2 stages."""
-    flat = paper | {"train_pairs": 100, "eval_pairs": 10, "pairs_per_step": 32, "conflict_every": 3, "conflict_pairs": 8}
+    flat = paper | {
+        "train_pairs": 100,
+        "eval_pairs": 10,
+        "pairs_per_step": 32,
+        "conflict_every": 3,
+        "conflict_pairs": 8,
+        "ledger_every": 2,
+        "probe_pairs": 5,
+        "kl_pairs": 3,
+    }
     amount = plan.work([flat], [0, 1])
     assert amount.steps_a_stage == 4
     assert amount.trained == 4 * 2 * 100
-    assert amount.measured == 4 * 1 * 2 * 8, "steps 1 and 4 of the second stage"
-    assert amount.scored == 2 * 110 + 4 * 2 * 2 * 10
-    assert plan.work([flat | {"conflict_every": 0}], [0, 1]).measured == 0
+    assert amount.measured == 4 * 1 * (2 * 8 + 3 * 5), "conflict at steps 1 and 4 of the second stage, the ledger after 0, 2 and 4"
+    assert amount.scored == 2 * 110 + 4 * 2 * 2 * (10 + 2 * 3), "the drift takes policy and base"
+    assert plan.work([flat | {"conflict_every": 0, "probe_pairs": 0}], [0, 1]).measured == 0
 
 
 def test_hours_by_hand(paper):
@@ -125,8 +134,8 @@ def test_memory_by_hand(paper):
     assert (parts["base weights"], parts["adapter"], parts["gradient"], parts["AdamW"]) == (2000, 40, 40, 80)
     assert parts["activations"] == 3 * 14 * (14 * 2 + 4 * 4) * 2
     assert plan.memory(shape, flat, tokens=7, checkpointing=True)["activations"] == 14 * 2 * (3 * 2 + 14 * 2 + 4 * 4)
-    quantised = plan.memory(shape, flat | {"quantization": "nf4", "conflict_every": 0}, tokens=7, checkpointing=False)
-    assert (quantised["base weights"], quantised["AdamW"], quantised["conflict"]) == (pytest.approx(800 * 0.52 + 400), 40, 0)
+    quantised = plan.memory(shape, flat | {"quantization": "nf4", "conflict_every": 0, "probe_pairs": 0}, tokens=7, checkpointing=False)
+    assert (quantised["base weights"], quantised["AdamW"], quantised["measuring"]) == (pytest.approx(800 * 0.52 + 400), 40, 0)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from trl import DPOTrainer
 
 from seqdpo_utils import metrics, models, scoring, training
 from seqdpo_utils.paths import RunPaths, StudyError, check_trained
+from seqdpo_utils.trainer import LengthGrouped
 
 
 def rows_for(model, pairs, objective="helpful") -> tuple[Dataset, pd.DataFrame]:
@@ -87,7 +88,7 @@ class Windows(torch.utils.data.Sampler):
 
 def test_length_groups_are_batches_of_one_step_and_waste_less():
     lengths = torch.randint(5, 200, (44,), generator=torch.Generator().manual_seed(0)).tolist()
-    sampler = training.LengthGrouped(lengths, window=16, batch=4, seed=3)
+    sampler = LengthGrouped(lengths, window=16, batch=4, seed=3)
     order = list(sampler)
     assert sorted(order) == list(range(44)) and order == list(sampler)
     shuffled = torch.randperm(44, generator=torch.Generator().manual_seed(3)).tolist()
