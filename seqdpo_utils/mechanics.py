@@ -30,6 +30,12 @@ def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
 
 
+def gram(vectors: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+    """All inner products of vectors cut into like pieces, in double precision and one pass over the pieces."""
+    stacked = (torch.stack([piece.flatten() for piece in pieces]).double() for pieces in zip(*vectors, strict=True))
+    return sum(rows @ rows.T for rows in stacked).tolist()
+
+
 def cosine(product: float, square_left: float, square_right: float) -> float | None:
     """Cosine from an inner product and two squared norms; None when a vector is zero."""
     if square_left <= 0 or square_right <= 0:
@@ -58,33 +64,28 @@ def conflict_row(
         `within_cosine` (the two old halves), `within_new_cosine` (the two new halves); `cross_product`, `within_new`, `within_old` (the same three as
         products) and from them `corrected_cosine`. None where undefined or not estimable; without new halves all that needs them.
     """
-    old_a, old_b = old_halves
-    old = [(a + b) / 2 for a, b in zip(old_a, old_b, strict=True)]
-    square_new, square_old, product = dot(new, new), dot(old, old), dot(new, old)
-    square_a, square_b, within_old = dot(old_a, old_a), dot(old_b, old_b), dot(old_a, old_b)
+    (nn, na, nb, *_), (_, aa, ab, *_), (_, _, bb, *_), *_ = products = gram([new, *old_halves, *(new_halves or ())])
+    square_old, product = (aa + 2 * ab + bb) / 4, (na + nb) / 2
     row = {
-        "norm_new": square_new**0.5,
-        "norm_old": square_old**0.5,
+        "norm_new": nn**0.5,
+        "norm_old": max(square_old, 0.0) ** 0.5,
         "dot": product,
-        "cosine": cosine(product, square_new, square_old),
-        "within_cosine": cosine(within_old, square_a, square_b),
-        "within_old": within_old,
+        "cosine": cosine(product, nn, square_old),
+        "within_cosine": cosine(ab, aa, bb),
+        "within_old": ab,
     }
     if new_halves is None:
         return row | dict.fromkeys(("matched_cosine", "within_new_cosine", "cross_product", "within_new", "corrected_cosine"))
-    squares = [dot(half, half) for half in new_halves]
-    within_new = dot(*new_halves)
-    products = [
-        (dot(new_half, old_half), x, y) for new_half, x in zip(new_halves, squares, strict=True) for old_half, y in ((old_a, square_a), (old_b, square_b))
-    ]
-    matched = [cosine(*each) for each in products]
-    cross = sum(each[0] for each in products) / 4
+    # rows and columns of the products: 0 new, 1 and 2 old halves, 3 and 4 new halves
+    crossed = [(products[n][o], products[n][n], products[o][o]) for n in (3, 4) for o in (1, 2)]
+    matched, within_new = [cosine(*each) for each in crossed], products[3][4]
+    cross = sum(each[0] for each in crossed) / 4
     return row | {
         "matched_cosine": None if None in matched else sum(matched) / 4,
-        "within_new_cosine": cosine(within_new, *squares),
+        "within_new_cosine": cosine(within_new, products[3][3], products[4][4]),
         "cross_product": cross,
         "within_new": within_new,
-        "corrected_cosine": cosine(cross, within_new, within_old),
+        "corrected_cosine": cosine(cross, within_new, ab),
     }
 
 

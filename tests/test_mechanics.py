@@ -30,6 +30,12 @@ def test_cosine_by_hand_and_of_nothing():
     assert mechanics.cosine(0.0, 0.0, 25.0) is None
 
 
+def test_all_products_at_once_equal_one_by_one():
+    rng = np.random.default_rng(6)
+    vectors = [[torch.tensor(rng.normal(size=size), dtype=torch.float32) for size in ((3, 4), (5,), (2, 2))] for _ in range(4)]
+    assert np.allclose(mechanics.gram(vectors), [[mechanics.dot(a, b) for b in vectors] for a in vectors], rtol=1e-12)
+
+
 @pytest.mark.parametrize("truth", [-0.3, 0.0, 0.6])
 def test_the_correction_recovers_a_planted_cosine_that_noise_hides(truth):
     rng = np.random.default_rng(0)
