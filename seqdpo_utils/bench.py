@@ -217,7 +217,16 @@ def _overhead(root: Path, parameters: dict[str, Any], tokenizer: Any, table: pd.
     for every, words in ((1, "every step"), (4, "every fourth step")):
         ratio = seconds[every] / seconds[0]
         row = {"what": f"seconds of a stage that measures conflict and ledger {words}", "compared with": "of one that does not", "ratio": ratio}
-        rows.append(row | {"low": ratio, "high": ratio, "value": seconds[every], "unit": f"s for {half} pairs, 8 a step; 4 for conflict and 2 for the ledger at a time", "runs": 1})
+        rows.append(
+            row
+            | {
+                "low": ratio,
+                "high": ratio,
+                "value": seconds[every],
+                "unit": f"s for {half} pairs, 8 a step; 4 for conflict and 2 for the ledger at a time",
+                "runs": 1,
+            }
+        )
     return rows
 
 

@@ -208,16 +208,19 @@ def distrust(model: Any, rows: Sequence[PromptRow]) -> str | None:
     The rows are packed together, so that pads, branches and the cached beginning are all put to the test. The tolerance is the
     rounding of the model's dtype.
     """
-    rows, bare = rows[:CHECKED_ROWS], bare_model(model)
+    rows, bare, training = rows[:CHECKED_ROWS], bare_model(model), model.training
     if "flash" in bare.config._attn_implementation:
         return _logged("flash attention takes no 4-D mask, so no shared prompts")
+    model.eval()
     try:
         sums = shared_sums(bare, rows, prefix=prefix_cache(bare, rows)).tolist()
+        plain = [sequence_logp(model, row.prompt, completion) for row in rows for completion in row.completions]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         return _logged(f"the shared-prompt pass fails for {type(bare).__name__} ({error})")
-    plain = [sequence_logp(model, row.prompt, completion) for row in rows for completion in row.completions]
+    finally:
+        model.train(training)
     for ours, theirs in zip(sums, plain, strict=True):
         if not abs(ours - theirs) <= rounding(bare.dtype) * max(1.0, abs(theirs)):
             return _logged(f"the shared-prompt pass gives {ours:.3f} nats for {type(bare).__name__} where plain scoring gives {theirs:.3f}")

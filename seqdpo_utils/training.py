@@ -129,6 +129,7 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
         max_length=None,  # rows that do not fit were dropped and counted when the data was prepared
         activation_checkpointing=parameters["activation_checkpointing"],
         precompute_ref_log_probs=True,
+        disable_dropout=parameters["lora_dropout"] == 0,  # TRL's own default would undo lora_dropout without a word
         ddp_find_unused_parameters=False,  # every adapter weight is used in every pass
         seed=parameters["seed"],
         use_cpu=on_cpu,
@@ -254,6 +255,7 @@ def prove_reference(trainer: DPOTrainer, base_scores: pd.DataFrame) -> pd.DataFr
         StudyError: when two of them differ by more than the rounding of the dtype, naming both.
     """
     rows = trainer.train_dataset.select(range(min(REFERENCE_CHECKS, len(trainer.train_dataset))))
+    trainer.model.eval()  # every training step turns it back
     used = _references_in_use(trainer, rows)
     checks = []
     with trainer.model.disable_adapter():

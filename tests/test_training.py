@@ -221,6 +221,18 @@ def test_an_adapter_that_does_not_fit_is_refused(root, tokenizer, parameters, tm
         training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters, output_dir=tmp_path, stage=2, previous=tmp_path / "nowhere")
 
 
+def test_dropout_of_the_adapter_has_an_effect(root, tokenizer, parameters, tmp_path):
+    """TRL's default would switch it off silently."""
+    rows, _ = rows_for(fresh(root), random_pairs(8))
+    ends = []
+    for dropout in (0.0, 0.5):
+        trainer = training.stage_trainer(fresh(root), tokenizer, rows, parameters=parameters | {"lora_dropout": dropout}, output_dir=tmp_path)
+        assert trainer.model.get_base_model().forward.__func__.__module__ == "seqdpo_utils.trainer", "the shared-prompt pass was not trusted"
+        trainer.train()
+        ends.append(torch.cat([p.flatten() for p in adapter_of(trainer).values()]))
+    assert not torch.allclose(*ends)
+
+
 def test_seed_and_nothing_else_rules_the_run(root, tokenizer, parameters, tmp_path):
     rows, _ = rows_for(fresh(root), random_pairs(16))
     weights = []
