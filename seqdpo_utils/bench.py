@@ -264,6 +264,14 @@ def _peak_of_scoring(root: Path, count: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         source = write_table(Path(folder) / "data.parquet", table)
         recording.score_files(model, tokenizer, [source], Path(folder) / "scores.parquet", splits=["eval"], checkpoint="base", token_budget=4096)
+    return _peak_memory()
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process alone."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux getrusage would count what the parent had held before this process began
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else 1024 * peak
 

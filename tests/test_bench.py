@@ -1,5 +1,9 @@
 """The bench's arithmetic; its runs are for `make bench`, not for the tests."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -32,6 +36,14 @@ def test_what_must_be_computed_is_counted_by_hand(base):
     attention = 2 * shape.hidden_size * shape.hidden_size + 2 * shape.hidden_size * shape.hidden_size // 2  # q, o and, with half the heads, k, v
     body = shape.num_hidden_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
     assert bench._flops(base, rows) == 2 * (body * 5 + shape.vocab_size * shape.hidden_size * 3)
+
+
+def test_peak_memory_is_that_of_the_process_and_not_of_its_parent():
+    held = np.ones(400_000_000 // 8)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        child = pool.submit(bench._peak_memory).result()
+    assert bench._peak_memory() > held.nbytes + child / 2
+    assert child < bench._peak_memory() - held.nbytes / 2
 
 
 def test_the_table_is_written_twice(tmp_path):
