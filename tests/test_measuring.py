@@ -51,7 +51,7 @@ def trained(root, tokenizer, parameters, previous, **changes):
     ("changes", "trl"),
     [
         ({}, {}),
-        ({"lora_dropout": 0.3}, {"disable_dropout": False}),
+        ({"lora_dropout": 0.3}, {}),
         ({"activation_checkpointing": True}, {}),
         ({"pairs_per_device": 2, "max_grad_norm": 0.01}, {}),
         ({}, {"bf16": True}),
