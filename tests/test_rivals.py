@@ -78,7 +78,7 @@ def test_divergence_of_a_model_that_ignores_the_mask_is_taken_one_answer_at_a_ti
     encoded, pairs = pairs_and_names(3)
     together = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
     rows = []
-    monkeypatch.setattr(divergence, "agrees_with_plain_path", lambda *_: False)
+    monkeypatch.setattr(divergence, "distrust", lambda *_: "deaf")
     monkeypatch.setattr(divergence, "pack_rows", lambda given: rows.extend(given) or scoring.pack_rows(given))
     alone = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
     assert [len(row.completions) for row in rows] == [1] * 6
