@@ -76,9 +76,7 @@ def _alternate(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
         for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_seconds(run))
             print(f"  bench | {name}, run {repeat + 1} of {repeats}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     return seconds
 
@@ -101,7 +99,7 @@ def _dataset(encoded: list[EncodedPair]) -> Dataset:
 
 
 def _adapted(root: Path, parameters: dict[str, Any], tokenizer: Any, encoded: list[EncodedPair], folder: str, **options: Any) -> DPOTrainer:
-    """TRL's own trainer with its own head and reference, in float32, over an adapter that is not zero."""
+    """TRL's own trainer with its own head and reference, in float32, over a fresh adapter."""
     on_cpu = models.compute_device().type == "cpu"
     config = DPOConfig(
         output_dir=folder, max_length=None, bf16=False, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu, report_to="none", disable_tqdm=True, save_strategy="no",
@@ -231,7 +229,7 @@ def _overhead(root: Path, parameters: dict[str, Any], tokenizer: Any, table: pd.
 
 
 def _growth(root: Path, parameters: dict[str, Any], tokenizer: Any, table: pd.DataFrame, pairs: int) -> list[dict[str, Any]]:
-    """Seconds for ten times the pairs over seconds for the pairs; ten is what a cost in proportion would give."""
+    """Seconds a token for ten times the pairs over those for the pairs; one is what a cost in proportion gives, less where padding shrinks."""
     base = models.load_base(root, parameters["base_model"], dtype="float32")
     few = max(4, min(pairs, len(table)) // 10)
     seconds = {}

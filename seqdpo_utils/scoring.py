@@ -12,7 +12,7 @@ predicted and nowhere else.
 The mask and the positions are arguments that causal models of transformers take, so nothing inside a model is touched. A cache of
 the prompt's keys and values would do as well, but costs a second pass for every prompt. The beginning that all prompts of a
 scoring share (the template's system message) is the one thing kept in such a cache. A model that does not honour the mask is
-found out before the first sum is believed (`trusted_pass`).
+found out before the first sum is believed (`distrust`).
 """
 
 import copy
