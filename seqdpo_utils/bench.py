@@ -166,13 +166,18 @@ def _flops(model: PreTrainedModel, rows: list[scoring.PromptRow]) -> float:
     return 2.0 * (body * sum(row.tokens for row in rows) + head * sum(len(c) for row in rows for c in row.completions))
 
 
+def _stage_rows(root: Path, parameters: dict[str, Any], encoded: list[EncodedPair]) -> Dataset:
+    """The data set of a stage, with the base model's sums."""
+    base = models.load_base(root, parameters["base_model"], dtype="float32")
+    table = pd.DataFrame({"pair_id": range(len(encoded)), "prompt_id": "", "objective": "harmless", "split": "train"})
+    return training.training_rows(encoded, scoring.score_pairs(base, table, encoded, checkpoint="base", token_budget=1024))
+
+
 def _training(root: Path, parameters: dict[str, Any], tokenizer: Any, encoded: list[EncodedPair], repeats: int) -> list[dict[str, Any]]:
     names = "training, reference cached, one row a pair", "default DPOTrainer in float32"
     encoded = encoded[: len(encoded) // 8 * 8]
     parameters = parameters | {"pairs_per_step": 8, "warmup_ratio": 0.0}
-    base = models.load_base(root, parameters["base_model"], dtype="float32")
-    table = pd.DataFrame({"pair_id": range(len(encoded)), "prompt_id": "", "objective": "harmless", "split": "train"})
-    rows = training.training_rows(encoded, scoring.score_pairs(base, table, encoded, checkpoint="base", token_budget=1024))
+    rows = _stage_rows(root, parameters, encoded)
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
 
@@ -198,10 +203,7 @@ def _overhead(root: Path, parameters: dict[str, Any], tokenizer: Any, table: pd.
     """Seconds of a stage that measures conflict (4 pairs at a time) and ledger (2 pairs) over those of one that does not, at 8 pairs a step."""
     half = min(OVERHEAD_PAIRS, len(table) // 2)
     encoded = data.encode_table(tokenizer, table.head(2 * half))
-    base = models.load_base(root, parameters["base_model"], dtype="float32")
-    labels = pd.DataFrame({"pair_id": range(2 * half), "prompt_id": "", "objective": "harmless", "split": "train"})
-    scores = scoring.score_pairs(base, labels, encoded, checkpoint="base", token_budget=1024)
-    now, old = (training.training_rows(encoded[part], scores[part]) for part in (slice(half), slice(half, None)))
+    now, old = (_stage_rows(root, parameters, encoded[part]) for part in (slice(half), slice(half, None)))
     sizes = {"pairs_per_step": 8, "conflict_pairs": 4, "probe_pairs": 2}
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
