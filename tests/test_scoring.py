@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import pair_table, random_pairs
+from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from seqdpo_utils import scoring
@@ -58,6 +59,48 @@ def test_other_architectures_give_equal_sums(kind):
     rows = [scoring.PromptRow(pair.prompt, [pair.chosen, pair.rejected, pair.chosen[:1]]) for pair in random_pairs(5, seed=3)]
     for row, sums in zip(rows, scoring.score_rows(model, rows, token_budget=300), strict=True):
         assert sums == pytest.approx([brute_force(model, row.prompt, c) for c in row.completions], rel=1e-4)
+
+
+def adapted(kind: str):
+    """A model whose adapter, also on the output head, changes its sums."""
+    targets = {"gpt2": ["c_attn", "c_proj", "lm_head"], "qwen2": ["q_proj", "down_proj", "lm_head"]}[kind]
+    return get_peft_model(tiny(kind), LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Model has.*tie_word_embeddings")
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
+def test_the_adapter_is_merged_while_scoring_and_every_weight_is_back_afterwards(kind):
+    policy = adapted(kind)
+    rows = [scoring.PromptRow(pair.prompt, [pair.chosen, pair.rejected]) for pair in random_pairs(4, seed=5)]
+    right = [[brute_force(policy, row.prompt, c) for c in row.completions] for row in rows]
+    with policy.disable_adapter():
+        reference = [[brute_force(policy, row.prompt, c) for c in row.completions] for row in rows]
+    assert np.abs(np.subtract(right, reference)).min() > 0.01
+    before = {name: (id(p), p.detach().clone(), p.requires_grad) for name, p in policy.named_parameters(remove_duplicate=False)}
+    thin = []
+    for name, module in policy.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_hook(lambda *_: thin.append(1))
+    assert scoring.distrust(policy, rows) is None
+    thin.clear()
+    sums = scoring.score_rows(policy, rows, token_budget=300, trusted=True)
+    assert not thin and np.allclose(sums, right, rtol=1e-4, atol=0)
+    with policy.disable_adapter():
+        assert np.allclose(scoring.score_rows(policy, rows, token_budget=300), reference, rtol=1e-4, atol=0)
+    for name, p in policy.named_parameters(remove_duplicate=False):
+        assert (id(p), p.requires_grad) == (before[name][0], before[name][2]) and torch.equal(p, before[name][1]), name
+
+
+def test_weights_are_back_when_scoring_fails_and_bfloat16_is_never_merged():
+    policy = adapted("qwen2")
+    weight = policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    kept = weight.detach().clone()
+    with pytest.raises(RuntimeError, match="out of patience"), scoring.adapter_merged(policy) as bare:
+        assert not torch.equal(bare.model.layers[0].self_attn.q_proj.base_layer.weight, kept)
+        raise RuntimeError("out of patience")
+    assert policy.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight is weight and torch.equal(weight, kept)
+    with scoring.adapter_merged(policy.bfloat16()) as bare:
+        assert torch.equal(bare.model.layers[0].self_attn.q_proj.base_layer.weight, kept.bfloat16())
 
 
 def test_branches_do_not_see_each_other(base):
