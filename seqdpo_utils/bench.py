@@ -147,9 +147,9 @@ def _scoring(root: Path, parameters: dict[str, Any], tokenizer: Any, encoded: li
 
 
 def _matmul_rate() -> float:
-    """Floating point operations a second of the best of eight products."""
-    left, right = torch.randn(MATMUL, MATMUL), torch.randn(MATMUL, MATMUL)
-    best = min(_seconds(lambda: left @ right) for _ in range(8))
+    """Floating point operations a second of the best of eight products, on the device that the models are on."""
+    left, right = (torch.randn(MATMUL, MATMUL, device=models.compute_device()) for _ in range(2))
+    best = min(_seconds(lambda: (left @ right)[0, 0].item()) for _ in range(8))  # a GPU is done when a number is read
     return 2 * MATMUL**3 / best
 
 

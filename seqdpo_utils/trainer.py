@@ -173,7 +173,7 @@ class ConflictAwareDPOTrainer(DPOTrainer):
                 self._metrics["train"][f"{prefix}/{key}"].append(value)
 
     def begin_ledger(self) -> None:
-        """Open the ledger at the weights as they are, before the first step of a run."""
+        """Open the ledger at the weights as they are: before the first step, or where a resumed run goes on."""
         self._points, self._probed_at = {}, []
         self.model.train()  # as every training step does; activation checkpointing needs it
         self._probe()
@@ -186,8 +186,13 @@ class ConflictAwareDPOTrainer(DPOTrainer):
             self._note(f"conflict/{row['previous_objective']}", {"ledger": row["ledger"]})
             self.conflict_records.append(row)
         self._pending = []
-        if last or self.state.global_step % self.ledger_every == 0:
+        if last or self.at_ledger_point:
             self._probe()
+
+    @property
+    def at_ledger_point(self) -> bool:
+        """Whether a ledger begun here continues the one before; a stage without a ledger has nothing to continue."""
+        return not self._probes or self.state.global_step % self.ledger_every == 0
 
     def _probe(self) -> None:
         """Loss and gradient of every probe set here; each point ends one segment and begins the next, so none is computed twice."""

@@ -5,6 +5,7 @@ files, its reference is proven before the first step, and its adapter is saved.
 """
 
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -28,7 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from seqdpo_utils.data import data_fingerprint, encode_table
 from seqdpo_utils.encoding import EncodedPair, tokenizer_fingerprint
 from seqdpo_utils.models import base_fingerprint, compute_device, hash_files, lora_config
-from seqdpo_utils.paths import RunPaths, StudyError, process_number, read_json, read_table, wait_for_all
+from seqdpo_utils.paths import RunPaths, StudyError, process_number, read_json, read_table, wait_for_all, write_whole
 from seqdpo_utils.recording import records_of
 from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, distrust, rounding, sequence_logp
 from seqdpo_utils.trainer import ConflictAwareDPOTrainer, share_prompts
@@ -37,6 +39,9 @@ logging.getLogger("trl").setLevel(logging.ERROR)
 
 REFERENCE_CHECKS = 4
 """Pairs whose reference is recomputed before the first step."""
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints of an unfinished stage."""
+_MEASURED = "measured.json"  # written last, so a checkpoint that has it is whole
 _SHAPING = (
     "order", "seed", "base_model", "base_model_revision", "dtype", "quantization", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "learning_rate", "beta", "epochs",
     "pairs_per_step", "pairs_per_device", "warmup_ratio", "max_grad_norm",
@@ -136,7 +141,8 @@ def dpo_config(parameters: dict[str, Any], *, pairs: int, output_dir: Path) -> D
         bf16=not on_cpu and parameters["dtype"] == "bfloat16",
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="no",  # `_Checkpoints` says when
+        save_total_limit=2,  # the older one goes when the newer is whole
         report_to="none",
         ddp_timeout=24 * 3600,  # of several processes the first scores while the others wait
         disable_tqdm=True,
@@ -156,7 +162,7 @@ class _Progress(TrainerCallback):
         self.began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, desc=self.label, unit="step", mininterval=5)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step", mininterval=5)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if logs and "loss" in logs and self.bar is not None:
@@ -168,6 +174,76 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+
+class _Checkpoints(TrainerCallback):
+    """Has TRL save a checkpoint after the last step, and before it at points of the ledger, not too often; adds what was measured so far."""
+
+    def __init__(self, trainer: ConflictAwareDPOTrainer, progress: _Progress) -> None:
+        self.trainer, self.progress = trainer, progress
+        self.saved = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        due = self.trainer.at_ledger_point and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        due = self.trainer.accelerator.reduce(torch.tensor(float(due), device=self.trainer.accelerator.device)).item() > 0  # clocks differ between processes
+        control.should_save = due or control.should_training_stop
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        tokens = self.trainer._total_train_tokens  # which TRL itself would count anew
+        measured = {"conflict": self.trainer.conflict_records, "ledger": self.trainer.ledger_records, "seconds": self.progress.seconds, "tokens": tokens}
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_whole(folder / _MEASURED, lambda beside: beside.write_text(json.dumps(measured), encoding="utf-8"))
+        self.saved = time.monotonic()
+
+    def restore(self, folder: Path) -> None:
+        """Take up what was measured before the checkpoint in `folder`."""
+        measured = read_json(folder / _MEASURED)
+        self.trainer.conflict_records, self.trainer.ledger_records = measured["conflict"], measured["ledger"]
+        self.progress.seconds, self.trainer._total_train_tokens = measured["seconds"], measured["tokens"]
+
+
+def unfinished_stage(paths: RunPaths, stage: int, *, parameters: dict[str, Any], fingerprints: dict[str, str]) -> Path:
+    """Folder for the checkpoints of a stage that is under way.
+
+    Its name is a hash of all that shapes the stage: parameters, data, base model, adapter of the stage before, and this package's code. So a run
+    that was killed finds its checkpoints, and one that differs in anything does not; what it finds of others it deletes.
+
+    Args:
+        paths: the chain.
+        stage: number of the stage, from 1.
+        parameters: those of the notebook.
+        fingerprints: from `fingerprints`.
+    """
+    code = hash_files(sorted(Path(__file__).parent.glob("*.py")))
+    previous = read_json(paths.checkpoint(stage - 1) / "manifest.json")["adapter_sha256"] if stage > 1 else None
+    shaping = json.dumps([stage, parameters, fingerprints, previous, code], sort_keys=True)
+    folder = paths.checkpoint(stage).with_name(f".stage{stage}-unfinished") / hashlib.sha256(shaping.encode()).hexdigest()[:16]
+    if not process_number():
+        for other in folder.parent.glob("*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def stage_done(folder: Path) -> None:
+    """Delete the folder from `unfinished_stage` once all that the stage writes lies in its place."""
+    wait_for_all()
+    if not process_number():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def train(trainer: ConflictAwareDPOTrainer) -> None:
+    """Train to the end of the stage, from the newest whole checkpoint where a killed run of the same stage left one.
+
+    Weights, log and tables are then those of an undisturbed run.
+    """
+    whole = sorted(Path(trainer.args.output_dir).glob(f"checkpoint-*/{_MEASURED}"), key=lambda file: int(file.parent.name.removeprefix("checkpoint-")))
+    if whole:
+        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, _Checkpoints)).restore(whole[-1].parent)
+    trainer.train(resume_from_checkpoint=str(whole[-1].parent) if whole else None)
 
 
 def stage_trainer(
@@ -191,7 +267,7 @@ def stage_trainer(
         tokenizer: for padding.
         rows: the stage's pairs, from `training_rows`.
         parameters: the flat parameters of the chain.
-        output_dir: where TRL may write.
+        output_dir: where TRL may write, and where `train` looks for checkpoints.
         stage: number of the stage, from 1.
         previous: adapter folder of the stage before; None for the first stage.
         earlier: data sets of earlier objectives for conflict and ledger, in the order of training.
@@ -212,7 +288,9 @@ def stage_trainer(
         probe_pairs=parameters["probe_pairs"] if earlier else 0,
         stage=stage,
     )
-    trainer.add_callback(_Progress(f"stage {stage}"))  # after the measuring callback, whose time belongs to the step
+    progress = _Progress(f"stage {stage}")
+    trainer.add_callback(progress)  # after the measuring callback, whose time belongs to the step
+    trainer.add_callback(_Checkpoints(trainer, progress))
     trainer.remove_callback(PrinterCallback)
     if previous is not None:
         load_adapter(trainer.model, previous)
