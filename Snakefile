@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from seqdpo_utils import params, run
+from seqdpo_utils import params, run, sources
 
 ROOT = Path(workflow.basedir)
 SCALE = config.get("scale", "classroom")
@@ -97,8 +97,16 @@ rule read_me_first:
     shell: NOTEBOOK
 
 
+def row_files(wildcards):
+    """Local files with the setting's rows, so that changed rows are prepared again; none for a data set on the hub."""
+    flat = FLAT[wildcards.setting]
+    place = sources.EMBEDDED / flat["layout"] if flat["source"] == "embedded" else ROOT / flat["source"]
+    within = sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [str(file) for file in within if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place).parts)]
+
+
 rule data_preparation:
-    input: code=needs("01"), model=base_model
+    input: code=needs("01"), model=base_model, rows=row_files
     output:
         page=OUT + "/{setting}/notebooks/01_data_preparation.ipynb",
         base=OUT + "/{setting}/scores/base.parquet",

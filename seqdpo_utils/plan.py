@@ -250,8 +250,9 @@ def _gpu_fault(shape: Shape, flat: dict[str, Any], gpu: str) -> str | None:
 
 
 def disk_bytes(root: Path, shape: Shape, chosen: list[dict[str, Any]], seeds: list[int]) -> int:
-    """Bytes to download (a hub model that is not here, two a weight) and to write (adapters in float32, records and texts)."""
+    """Bytes to download (a hub model that is not here, two a weight) and to write: adapters in float32, two checkpoints of a stage with its optimiser, records and texts."""
     flat = chosen[0]
     adapters = sum(len(orders_of(each)) * len(seeds) * (len(each["objectives"]) + 1) for each in chosen) * shape.trainable * 4
+    checkpoints = 2 * (4 + 8) * shape.trainable
     texts = sum(len(each["objectives"]) * (each["train_pairs"] + each["eval_pairs"]) for each in chosen) * 8 * flat["max_length"]
-    return int(2 * shape.base * _to_download(root, flat) + adapters + texts) + access.LEAST_FREE
+    return int(2 * shape.base * _to_download(root, flat) + adapters + checkpoints + texts) + access.LEAST_FREE

@@ -324,8 +324,8 @@ def main(argv: list[str] | None = None) -> int:
     speed = commands.add_parser("bench", help="measure scoring and training against TRL and a plain loop")
     speed.add_argument("--rows", default="embedded", help="embedded, or a folder with a copy of Anthropic/hh-rlhf")
     speed.add_argument("--model", default=params.EMBEDDED_MODELS[0])
-    speed.add_argument("--pairs", type=int, default=24)
-    speed.add_argument("--repeats", type=int, default=3)
+    speed.add_argument("--pairs", type=int, default=48)
+    speed.add_argument("--repeats", type=int, default=2)
     commands.add_parser("classroom", help="write copies of the notebooks without the solutions")
     options = parser.parse_args(argv)
     try:

@@ -189,11 +189,10 @@ def test_a_second_start_has_nothing_to_do_and_one_change_reruns_only_what_depend
 
 
 def test_one_failing_setting_does_not_stop_another_and_is_named_last(copy, study):
-    """A setting whose rows were cut off half-way fails in its first notebook; the other one gets a new seed."""
+    """A setting whose rows were cut off half-way, which is seen as a change, fails in its first notebook; the other one gets a new seed."""
     file = copy / "seqdpo_utils" / "embedded" / "rows" / "ultrafeedback" / "rows.jsonl"
     whole = file.read_text()
     file.write_text(whole[:-100])
-    (study / "compatible_quality" / "data" / "preparation.json").unlink()  # so that its first notebook has to run again
     done = run_study(copy, "--settings", "compatible_quality", "safety_signal", "--seeds", "1", "--set", "resamples=150", "lora_targets=[q_proj, v_proj]")
     file.write_text(whole)
     assert done.returncode != 0
