@@ -112,6 +112,7 @@ rule data_preparation:
         base=OUT + "/{setting}/scores/base.parquet",
         counts=OUT + "/{setting}/data/preparation.json",
     params: given=lambda w: given("01", w), label=lambda w: f"01 {w.setting}"
+    priority: 3  # what most work waits for comes first, so that no core is idle at the end
     threads: SHARE
     resources: gpu=GPU
     shell: COMPUTING
@@ -127,6 +128,7 @@ rule first_stage:
         CHAIN + "/tables/kl_stage1.parquet",
         page=CHAIN + "/notebooks/02_first_stage.ipynb",
     params: given=lambda w: given("02", w), label=lambda w: f"02 {w.setting} {w.order} seed {w.seed}"
+    priority: 2
     threads: TRAINING_THREADS
     resources: gpu=TRAINING_GPUS
     shell: TRAINING
@@ -149,6 +151,7 @@ rule later_stage:
     params:
         given=lambda w: given("03", w, stage=int(w.stage)),
         label=lambda w: f"03 {w.setting} {w.order} seed {w.seed} stage {w.stage}",
+    priority: 1
     threads: TRAINING_THREADS
     resources: gpu=TRAINING_GPUS
     shell: TRAINING

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seqdpo_utils.encoding import EncodedPair
-from seqdpo_utils.scoring import CHECKED_ROWS, PackedRows, PromptRow, distrust, pack_rows
+from seqdpo_utils.scoring import CHECKED_ROWS, PackedRows, PromptRow, distrust, pack_rows, prompt_rows
 
 KL_ROWS = 128
 """Positions whose two full distributions exist at one time: twice KL_ROWS x vocabulary numbers of eight bytes."""
@@ -29,16 +29,20 @@ def base_divergence(model: Any, pairs: pd.DataFrame, encoded: Sequence[EncodedPa
     Returns:
         One row a completion: `pair_id`, `prompt_id`, `objective`, `checkpoint`, `side` ("chosen", "rejected"), `tokens`, `kl` (nats a token).
     """
-    rows = []
-    together = distrust(model, [PromptRow(ids.prompt, [ids.chosen, ids.rejected]) for ids in encoded[:CHECKED_ROWS]]) is None if encoded else False
-    for pair, ids in zip(pairs[["pair_id", "prompt_id", "objective"]].to_dict("records"), encoded, strict=True):
-        answers = [ids.chosen, ids.rejected]
+    texts = prompt_rows(encoded)  # pairs of two objectives are often the same two answers: each is computed once
+    together = bool(texts) and distrust(model, texts[:CHECKED_ROWS]) is None
+    means = {}
+    for text in texts:
         # a model that ignores the mask gets one answer at a time, where the mask is the usual one
-        packed = [PromptRow(ids.prompt, answers)] if together else [PromptRow(ids.prompt, [answer]) for answer in answers]
+        packed = [text] if together else [PromptRow(text.prompt, [answer]) for answer in text.completions]
         kl = torch.cat([_divergences(model, pack_rows([row])) for row in packed])
-        means = [float(part.mean()) for part in kl.split([len(answer) for answer in answers])]
-        for side, answer, mean in zip(("chosen", "rejected"), answers, means, strict=True):
-            rows.append(pair | {"checkpoint": checkpoint, "side": side, "tokens": len(answer), "kl": mean})
+        for answer, part in zip(text.completions, kl.split([len(answer) for answer in text.completions]), strict=True):
+            means[tuple(text.prompt), tuple(answer)] = float(part.mean())
+    rows = [
+        pair | {"checkpoint": checkpoint, "side": side, "tokens": len(answer), "kl": means[tuple(ids.prompt), tuple(answer)]}
+        for pair, ids in zip(pairs[["pair_id", "prompt_id", "objective"]].to_dict("records"), encoded, strict=True)
+        for side, answer in (("chosen", ids.chosen), ("rejected", ids.rejected))
+    ]
     return pd.DataFrame(rows, columns=["pair_id", "prompt_id", "objective", "checkpoint", "side", "tokens", "kl"])
 
 

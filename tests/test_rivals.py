@@ -85,6 +85,17 @@ def test_divergence_of_a_model_that_ignores_the_mask_is_taken_one_answer_at_a_ti
     assert np.allclose(together, alone, rtol=1e-4)
 
 
+def test_the_same_two_answers_under_two_objectives_are_computed_once(policy, monkeypatch):
+    encoded, pairs = pairs_and_names(3)
+    swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in encoded]
+    rows = []
+    monkeypatch.setattr(divergence, "pack_rows", lambda given: rows.extend(given) or scoring.pack_rows(given))
+    both = divergence.base_divergence(policy, pd.concat([pairs, pairs.assign(objective="b")]), encoded + swapped, checkpoint="stage1")
+    assert len(rows) == 3
+    values = both.set_index(["objective", "pair_id", "side"])["kl"]
+    assert all(values["a", name, "chosen"] == values["b", name, "rejected"] for name in pairs["pair_id"])
+
+
 def test_an_adapter_that_did_not_move_has_no_divergence(base, parameters):
     encoded, pairs = pairs_and_names(2)
     model = get_peft_model(base, models.lora_config(parameters)).eval()
