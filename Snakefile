@@ -1,82 +1,102 @@
-"""The graph of the study: notebooks through papermill, one rule a notebook. `make study` starts it; see README.md."""
+"""The graph of the study: notebooks through papermill, one rule a notebook. `make study` starts it; see README.md.
+
+A chain's node needs the adapter of its parent, so every common beginning is trained once for all chains that begin
+with it. The patterns of all files come from `seqdpo_utils.paths.RunPaths`, with wildcards for names.
+"""
 
 import json
+from functools import cache
 from pathlib import Path
 
-from seqdpo_utils import params, run, sources
+from seqdpo_utils import params
+from seqdpo_utils.batch.notebooks import helper_files, notebook_parameters
+from seqdpo_utils.chains import STAGE_PATTERN, THEN, Chain, tree
+from seqdpo_utils.layouts import EMBEDDED
+from seqdpo_utils.paths import RunPaths
 
 ROOT = Path(workflow.basedir)
 SCALE = config.get("scale", "classroom")
-SEEDS = config.get("seeds", [0])
-SETTINGS = config.get("settings", sorted(file.stem for file in (ROOT / "params" / "settings").glob("*.yaml")))
 OVERRIDES = config.get("overrides", {})
-FLAT = {name: params.resolve(ROOT, scale=SCALE, setting=name, overrides=OVERRIDES) for name in SETTINGS}
-OUT = f"runs/{SCALE}"
-CHAIN = OUT + "/{setting}/{order}/seed-{seed}"
+
+
+@cache
+def resolved(setting, chain="", seed=0):
+    """All parameters of a setting, or of the last stage of a chain of it."""
+    return params.resolve(ROOT, scale=SCALE, setting=setting, chain=chain, seed=seed, overrides=OVERRIDES)
+
+
+if "chains" not in config:  # started by hand: all settings in both orders
+    everything = [resolved(name) for name in params.settings_of(ROOT)]
+    config["chains"] = params.chosen_chains(ROOT, everything, designs=["both_orders"])
+CHAINS = config["chains"]
+SEEDS = config.get("seeds", [0])
 GPUS = int(config.get("gpus", 0))
 GPU = min(GPUS, 1)  # a computing notebook takes one GPU for itself, where there are any
-SHARE = max(1, workflow.cores // max(2, GPUS))  # two chains side by side on a CPU: one computes while the other starts its kernel; else one a GPU
+# on a CPU two chains run side by side: one computes while the other starts its kernel; else one chain a GPU
+SHARE = max(1, workflow.cores // max(2, GPUS))
+NODE = RunPaths(Path("runs"), SCALE, "{setting}", "{chain}", "{seed}")
+TREE = {setting: [str(chain) for chain in tree(map(Chain.parse, chains))] for setting, chains in CHAINS.items()}
 
 
 wildcard_constraints:
-    setting="|".join(SETTINGS),
-    order="[a-z0-9_]+(-then-[a-z0-9_]+)+",
+    setting="|".join(CHAINS),
+    chain=f"{STAGE_PATTERN}({THEN}{STAGE_PATTERN})*",
     seed="[0-9]+",
 
 
+@cache
 def source(number):
     """The notebook with that number."""
     return str(next(Path("notebooks").glob(f"{number}_*.ipynb")))
 
 
+@cache
 def needs(number):
     """What a notebook's results depend on: the notebook itself and the helper modules that it imports."""
-    return [source(number), *run.helper_files(ROOT, ROOT / source(number))]
+    return [source(number), *helper_files(ROOT, ROOT / source(number))]
 
 
-def given(number, wildcards=None, **more):
-    """The parameters that a notebook declares, as JSON; Snakemake reruns it when they change."""
-    values = dict(wildcards.items()) if wildcards is not None else {}
-    flat = FLAT[values["setting"]] if "setting" in values else FLAT[SETTINGS[0]]
-    chain = {"order": values["order"], "seed": int(values["seed"])} if "order" in values else {}
-    return json.dumps(run.notebook_parameters(ROOT / source(number), flat | chain | more), sort_keys=True)
+def page(number):
+    """Pattern of an executed notebook of a chain."""
+    return NODE.page(Path(source(number)).stem)
 
 
-def chains(pattern, settings=SETTINGS):
-    """`pattern` for every setting, order and seed of the study."""
-    return [
-        pattern.format(setting=setting, order=order, seed=seed)
-        for setting in settings for order in params.orders_of(FLAT[setting]) for seed in SEEDS
-    ]  # fmt: skip
+def given(number, wildcards, **more):
+    """The parameters that a notebook declares, as JSON; Snakemake runs it again when they change."""
+    chain, seed = wildcards.get("chain", ""), int(wildcards.get("seed", 0))
+    flat = resolved(wildcards.get("setting", next(iter(CHAINS))), chain, seed).model_dump()
+    return json.dumps(notebook_parameters(ROOT / source(number), flat | more), sort_keys=True)
 
 
-def last_stage(wildcards):
-    return len(FLAT[wildcards.setting]["objectives"])
+def each(pattern, chains):
+    """A pattern for every setting, chain and seed."""
+    every = [(setting, chain, seed) for setting in chains for chain in chains[setting] for seed in SEEDS]
+    return [str(pattern).format(setting=setting, chain=chain, seed=seed) for setting, chain, seed in every]
 
 
-def stage_files(folder):
-    """Parquet files of all stages of a chain in `folder`."""
-    def files(wildcards):
-        first = 2 if folder in ("conflict", "ledger") else 1
-        return [f"{CHAIN.format(**wildcards)}/{folder}/stage{k}.parquet" for k in range(first, last_stage(wildcards) + 1)]
-    return files
+def node_of(wildcards):
+    return RunPaths(Path("runs"), SCALE, wildcards.setting, wildcards.chain, wildcards.seed)
 
 
-def adapters(wildcards):
-    return [f"{CHAIN.format(**wildcards)}/checkpoints/stage{k}/manifest.json" for k in range(last_stage(wildcards) + 1)]
+def previous(wildcards):
+    """The adapter that a stage begins with: its parent's, or the start."""
+    return node_of(wildcards).previous / "manifest.json"
 
 
-NOTEBOOK = "python -m seqdpo_utils notebook {input.code[0]} {output.page} --label {params.label:q} --parameters {params.given:q}"
+def lineage(name):
+    """A file of every beginning of a chain, itself included."""
+    return lambda wildcards: [getattr(node, name) for node in node_of(wildcards).lineage]
+
+
+NOTEBOOK = (
+    "python -m seqdpo_utils notebook {input.code[0]} {output.page:q} --label {params.label:q}"
+    " --parameters {params.given:q}"
+)
 COMPUTING = NOTEBOOK + " --gpu"
-LAUNCH = config.get("launch", "")  # a launcher shares each stage among several processes, which then see all GPUs
-TRAINING = NOTEBOOK.replace("python", LAUNCH, 1) if LAUNCH else COMPUTING
-TRAINING_GPUS, TRAINING_THREADS = (GPUS, workflow.cores) if LAUNCH else (GPU, SHARE)
 
 
 rule all:
-    input:
-        f"{OUT}/appendix/index.html",
-        chains(CHAIN + "/run.json"),
+    input: f"runs/{SCALE}/appendix/index.html", each(NODE.run_json, TREE)
 
 
 rule base_model:
@@ -86,31 +106,45 @@ rule base_model:
 
 
 def base_model(wildcards):
-    name = FLAT[wildcards.setting]["base_model"]
+    name = resolved(wildcards.get("setting", next(iter(CHAINS)))).base_model
     return [f"{name}/manifest.json"] if name in params.EMBEDDED_MODELS else []
 
 
+def start_parameters(wildcards):
+    flat = resolved(next(iter(CHAINS)), seed=int(wildcards.seed)).model_dump()
+    model = [key for key in params.Model.model_fields if key not in ("beta", "pairs_per_device")]
+    return json.dumps({key: flat[key] for key in (*model, "attention", "scale", "seed")}, sort_keys=True)
+
+
+rule start:
+    input: base_model
+    output: NODE.start / "manifest.json"
+    params: given=start_parameters
+    priority: 3
+    threads: SHARE
+    resources: gpu=GPU
+    shell: "python -m seqdpo_utils start --parameters {params.given:q}"
+
+
 rule read_me_first:
-    input: code=needs("00"), settings=expand("params/settings/{name}.yaml", name=SETTINGS)
-    output: page=f"{OUT}/summary/notebooks/00_read_me_first.ipynb"
-    params: given=given("00"), label="00 read me first"
+    input: code=needs("00"), settings=expand("params/settings/{name}.yaml", name=CHAINS)
+    output: page=f"runs/{SCALE}/summary/notebooks/00_read_me_first.ipynb"
+    params: given=lambda w: given("00", w), label="00 read me first"
     shell: NOTEBOOK
 
 
 def row_files(wildcards):
     """Local files with the setting's rows, so that changed rows are prepared again; none for a data set on the hub."""
-    flat = FLAT[wildcards.setting]
-    place = sources.EMBEDDED / flat["layout"] if flat["source"] == "embedded" else ROOT / flat["source"]
+    flat = resolved(wildcards.setting)
+    place = EMBEDDED / flat.layout if flat.source == "embedded" else ROOT / flat.source
     within = sorted(place.rglob("*")) if place.is_dir() else [place]
-    return [str(file) for file in within if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place).parts)]
+    visible = [file for file in within if not any(part.startswith(".") for part in file.relative_to(place).parts)]
+    return [file for file in visible if file.is_file()]
 
 
 rule data_preparation:
     input: code=needs("01"), model=base_model, rows=row_files
-    output:
-        page=OUT + "/{setting}/notebooks/01_data_preparation.ipynb",
-        base=OUT + "/{setting}/scores/base.parquet",
-        counts=OUT + "/{setting}/data/preparation.json",
+    output: page=NODE.at("").page("01_data_preparation"), base=NODE.base_scores, counts=NODE.preparation
     params: given=lambda w: given("01", w), label=lambda w: f"01 {w.setting}"
     priority: 3  # what most work waits for comes first, so that no core is idle at the end
     threads: SHARE
@@ -118,111 +152,84 @@ rule data_preparation:
     shell: COMPUTING
 
 
+STAGE = [NODE.manifest, NODE.history, NODE.scores, NODE.kl, NODE.conflict, NODE.ledger]
+
+
 rule first_stage:
-    input: code=needs("02"), base=rules.data_preparation.output.base, counts=rules.data_preparation.output.counts
-    output:
-        CHAIN + "/checkpoints/stage0/manifest.json",
-        CHAIN + "/checkpoints/stage1/manifest.json",
-        CHAIN + "/history/stage1.parquet",
-        CHAIN + "/scores/stage1.parquet",
-        CHAIN + "/tables/kl_stage1.parquet",
-        page=CHAIN + "/notebooks/02_first_stage.ipynb",
-    params: given=lambda w: given("02", w), label=lambda w: f"02 {w.setting} {w.order} seed {w.seed}"
+    input: code=needs("02"), previous=previous, base=NODE.base_scores, counts=NODE.preparation
+    output: *STAGE, page=page("02")
+    wildcard_constraints: chain=STAGE_PATTERN
+    params: given=lambda w: given("02", w), label=lambda w: f"02 {w.setting} {w.chain} seed {w.seed}"
     priority: 2
-    threads: TRAINING_THREADS
-    resources: gpu=TRAINING_GPUS
-    shell: TRAINING
+    threads: SHARE
+    resources: gpu=GPU
+    shell: COMPUTING
 
 
 rule later_stage:
-    input:
-        code=needs("03"),
-        base=rules.data_preparation.output.base,
-        counts=rules.data_preparation.output.counts,
-        previous=lambda w: f"{CHAIN.format(**w)}/checkpoints/stage{int(w.stage) - 1}/manifest.json",
-    output:
-        CHAIN + "/checkpoints/stage{stage,[2-9]}/manifest.json",
-        CHAIN + "/history/stage{stage,[2-9]}.parquet",
-        CHAIN + "/conflict/stage{stage,[2-9]}.parquet",
-        CHAIN + "/ledger/stage{stage,[2-9]}.parquet",
-        CHAIN + "/scores/stage{stage,[2-9]}.parquet",
-        CHAIN + "/tables/kl_stage{stage,[2-9]}.parquet",
-        page=CHAIN + "/notebooks/03_later_stage-{stage,[2-9]}.ipynb",
-    params:
-        given=lambda w: given("03", w, stage=int(w.stage)),
-        label=lambda w: f"03 {w.setting} {w.order} seed {w.seed} stage {w.stage}",
+    input: code=needs("03"), previous=previous, base=NODE.base_scores, counts=NODE.preparation
+    output: *STAGE, page=page("03")
+    wildcard_constraints: chain=f"{STAGE_PATTERN}({THEN}{STAGE_PATTERN})+"
+    params: given=lambda w: given("03", w), label=lambda w: f"03 {w.setting} {w.chain} seed {w.seed}"
     priority: 1
-    threads: TRAINING_THREADS
-    resources: gpu=TRAINING_GPUS
-    shell: TRAINING
+    threads: SHARE
+    resources: gpu=GPU
+    shell: COMPUTING
+
+
+rule record:
+    input: NODE.manifest, NODE.preparation, NODE.base_scores
+    output: NODE.run_json
+    params: given=lambda w: resolved(w.setting, w.chain, int(w.seed)).model_dump_json()
+    shell: "python -m seqdpo_utils record --parameters {params.given:q}"
 
 
 rule evaluation:
-    input: code=needs("04"), base=rules.data_preparation.output.base, scores=stage_files("scores")
-    output: CHAIN + "/tables/stage_matrix.parquet", CHAIN + "/tables/transfer.parquet", page=CHAIN + "/notebooks/04_evaluation.ipynb"
-    params: given=lambda w: given("04", w), label=lambda w: f"04 {w.setting} {w.order} seed {w.seed}"
+    input: code=needs("04"), base=NODE.base_scores, scores=lineage("scores")
+    output: NODE.table("stage_matrix"), NODE.table("transfer"), page=page("04")
+    params: given=lambda w: given("04", w), label=lambda w: f"04 {w.setting} {w.chain} seed {w.seed}"
     shell: NOTEBOOK
 
 
 rule pair_diagnostics:
-    input: code=needs("05"), base=rules.data_preparation.output.base, scores=stage_files("scores")
-    output: CHAIN + "/tables/pair_change.parquet", CHAIN + "/tables/quartiles.parquet", page=CHAIN + "/notebooks/05_pair_diagnostics.ipynb"
-    params: given=lambda w: given("05", w), label=lambda w: f"05 {w.setting} {w.order} seed {w.seed}"
+    input: code=needs("05"), base=NODE.base_scores, scores=lineage("scores")
+    output: NODE.table("pair_change"), NODE.table("quartiles"), page=page("05")
+    params: given=lambda w: given("05", w), label=lambda w: f"05 {w.setting} {w.chain} seed {w.seed}"
     shell: NOTEBOOK
+
+
+DERIVED = ["subspace", "ledger", "displacement", "log_probabilities", "kl", "length"]
 
 
 rule mechanistic_diagnostics:
-    input:
-        code=needs("06"),
-        adapters=adapters,
-        conflict=stage_files("conflict"),
-        ledger=stage_files("ledger"),
-        base=rules.data_preparation.output.base,
-        scores=stage_files("scores"),
-        drift=lambda w: [f"{CHAIN.format(**w)}/tables/kl_stage{k}.parquet" for k in range(1, last_stage(w) + 1)],
-    output:
-        CHAIN + "/movement.parquet",
-        expand(CHAIN + "/tables/{name}.parquet", name=["subspace", "ledger", "displacement", "log_probabilities", "kl", "length"], allow_missing=True),
-        page=CHAIN + "/notebooks/06_mechanistic_diagnostics.ipynb",
-    params: given=lambda w: given("06", w), label=lambda w: f"06 {w.setting} {w.order} seed {w.seed}"
+    input: code=needs("06"), base=NODE.base_scores, adapters=lineage("manifest"), scores=lineage("scores")
+    output: NODE.movement, *(NODE.table(name) for name in DERIVED), page=page("06")
+    params: given=lambda w: given("06", w), label=lambda w: f"06 {w.setting} {w.chain} seed {w.seed}"
     shell: NOTEBOOK
 
 
-rule record:
-    input: adapters=adapters, counts=rules.data_preparation.output.counts, history=stage_files("history"), base=rules.data_preparation.output.base, scores=stage_files("scores")
-    output: CHAIN + "/run.json"
-    params: given=lambda w: json.dumps(FLAT[w.setting] | {"order": w.order, "seed": int(w.seed)}, sort_keys=True)
-    shell: "python -m seqdpo_utils record --parameters {params.given:q}"
+TABLES = [NODE.table(name) for name in ("stage_matrix", "transfer", "pair_change", "quartiles")]
 
 
 rule across_settings:
-    input:
-        code=needs("07"),
-        tables=[chains(f"{CHAIN}/tables/{name}.parquet") for name in ("stage_matrix", "transfer", "pair_change", "quartiles")],
-        movement=chains(CHAIN + "/movement.parquet"),
-        runs=chains(CHAIN + "/run.json"),
-    output: page=f"{OUT}/summary/notebooks/07_across_settings.ipynb"
-    params: given=given("07", orders={name: params.orders_of(FLAT[name]) for name in SETTINGS}, seeds=SEEDS), label="07 across settings"
+    input: code=needs("07"), tables=[each(file, CHAINS) for file in (*TABLES, NODE.movement)], runs=each(NODE.run_json, TREE)
+    output: page=f"runs/{SCALE}/summary/notebooks/07_across_settings.ipynb"
+    params: given=lambda w: given("07", w, chains=CHAINS, seeds=SEEDS), label="07 across settings"
     shell: NOTEBOOK
 
 
-def later_pages():
-    """Pages of notebook 03 for every later stage of every chain."""
-    stages = {setting: range(2, len(FLAT[setting]["objectives"]) + 1) for setting in SETTINGS}
-    return [page for setting in SETTINGS for k in stages[setting] for page in chains(f"{CHAIN}/notebooks/03_later_stage-{k}.ipynb", [setting])]
-
-
-PER_CHAIN = (rules.first_stage, rules.evaluation, rules.pair_diagnostics, rules.mechanistic_diagnostics)
-PAGES = [
-    rules.read_me_first.output.page,
-    rules.across_settings.output.page,
-    *expand(rules.data_preparation.output.page, setting=SETTINGS),
-    *(page for each in PER_CHAIN for page in chains(each.output.page)),
-    *later_pages(),
-]
+PER_CHAIN = [file for number in ("04", "05", "06") for file in each(page(number), CHAINS)]
+TRAINED = [each(page("03" if THEN in chain else "02"), {name: [chain]}) for name in TREE for chain in TREE[name]]
 
 
 rule appendix:
-    input: PAGES, "seqdpo_utils/appendix.py"
-    output: f"{OUT}/appendix/index.html"
+    input:
+        rules.read_me_first.output.page,
+        rules.across_settings.output.page,
+        expand(rules.data_preparation.output.page, setting=CHAINS),
+        *TRAINED,
+        *PER_CHAIN,
+        "seqdpo_utils/batch/pages.py",
+        sorted(Path("seqdpo_utils/batch/templates").iterdir()),
+    output: f"runs/{SCALE}/appendix/index.html"
     shell: f"python -m seqdpo_utils appendix --scale {SCALE}"

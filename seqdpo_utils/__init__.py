@@ -1,17 +1,34 @@
 """Helpers for the notebooks of a study of sequential Direct Preference Optimisation.
 
-The notebooks argue, this package computes. A module imports only from those above it:
+The notebooks argue, this package computes. Each module imports only from those above it:
 
-    paths, params            names of files; checked parameters
-    encoding                 the token ids of a pair
-    sources, data            four public layouts; one table of preference pairs
-    access                   whether models, sources and packages can be had
-    models                   base model, tokenizer, adapter
-    scoring                  exact sums of log-probabilities
-    mechanics, training      gradients and movement; DPO stages with the base as reference
-    metrics                  what the records say
-    charts, summary          figures; tables across chains
-    appendix                 rendered pages
-    plan                     what a study would run and need
-    run                      papermill, Snakemake and the command line
+    errors       the one kind of error that explains itself
+    chains       how a run is written: stages, variants, what begins with what
+    layouts      four public data sets, one kind of pair
+    paths        where every file lies; written whole or not at all
+    params       parameter files, a chain and the command line as one checked record
+    encoding     the token ids of a pair
+    pairs        one table of preference pairs: ids, splits, turned labels
+    models       base model, tokenizer, adapter
+    scoring      exact sums of log-probabilities
+    records      per-pair records, the primary result
+    divergence   KL from the base
+    conflict     gradients of two objectives: cosines and what they allow to say
+    movement     how far the adapter moved, and which way
+    ledger       what a stage's steps did to an earlier loss
+    measuring    TRL's trainer, which also looks back at earlier objectives
+    stages       one stage: its pairs, the proof of its reference, training, what it leaves
+    metrics      margins, accuracies, transfer, quartiles
+    rivals       other explanations of a loss
+    contrasts    tables across chains
+    charts       figures
+
+What runs the notebooks has a room of its own:
+
+    batch.access      whether models, data and packages can be had
+    batch.notebooks   one notebook through papermill
+    batch.plan        what a study would run and need
+    batch.study       all of it through Snakemake
+    batch.pages       the rendered appendix
+    batch.cli         python -m seqdpo_utils
 """

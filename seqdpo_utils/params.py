@@ -1,81 +1,108 @@
-"""Parameters: two YAML files, an order and a seed become one checked, flat dictionary.
+"""Parameters: YAML files, a chain, a seed and the command line become one checked, frozen record.
 
-A value is wrong before any compute, or it is right: unknown keys, wrong types and values out of range stop here with
-the file, the key, the value and what is allowed.
+Later wins: `params/defaults.yaml`, the scale, the setting, the command line, and for one stage its variants.
+A value is wrong before any compute, or it is right: unknown keys, wrong types and values out of range stop
+here with the file, the key, the value and what is allowed.
 """
 
+import re
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from seqdpo_utils.paths import StudyError
-
-LAYOUT_OBJECTIVES = {
-    "hh_rlhf": ("helpful", "harmless"),
-    "helpsteer2": ("helpfulness", "correctness", "coherence", "complexity", "verbosity"),
-    "pku_saferlhf": ("helpful", "safe"),
-    "ultrafeedback": ("instruction_following", "truthfulness", "honesty", "helpfulness"),
-}
-"""Objectives that each layout carries labels for. Of `verbosity` the lower rating is preferred."""
+from seqdpo_utils.chains import Chain, Stage, check_chain, expand
+from seqdpo_utils.errors import StudyError
+from seqdpo_utils.layouts import LAYOUTS
 
 EMBEDDED_MODELS = ("models/smollm2-135m-instruct", "models/tiny-random-llama")
 """Values of `base_model` that `seqdpo_utils.models.prepare_model` builds."""
+NEEDS_EARLIER = ("reference", "replay", "projection")
+"""Parameters of a stage that mean nothing where no stage came before."""
+LOSSES = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+"""The losses that TRL's `DPOConfig.loss_type` offers."""
 
-Word = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]*$")]
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4, which has no dot, as text: here it is the number that everybody means."""
+    written = isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", value)
+    return float(value) if written else value
+
+
+Real = Annotated[float, BeforeValidator(_number)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]  # never upward
+CountOrNone = Annotated[int, Field(ge=0)]
+Share = Annotated[Real, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[Real, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[Real, Field(gt=0.0, allow_inf_nan=False)]
+NotNegative = Annotated[Real, Field(ge=0.0, allow_inf_nan=False)]
+Folder = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]
 
 
 class _Checked(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Scale(_Checked):
-    """What a run costs: model, adapter, sizes, trainer (`params/scales/<scale>.yaml`)."""
+class Training(_Checked):
+    """What shapes one stage; a variant may change any of these and nothing else."""
 
-    label: str
-    rows: Annotated[str, Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    learning_rate: Positive
+    epochs: Count
+    pairs_per_step: Count
+    warmup_ratio: BelowOne
+    max_grad_norm: Positive
+    loss_type: Annotated[list[LOSSES], Field(min_length=1)]
+    loss_weights: list[Positive] | None
+    label_smoothing: Annotated[Real, Field(ge=0.0, lt=0.5)]
+    train_share: Annotated[Real, Field(gt=0.0, le=1.0)]
+    flipped: Share
+    shuffled_labels: bool
+    reference: NotNegative
+    replay: BelowOne
+    projection: Literal["earlier", "placebo"] | None
+
+
+class Model(_Checked):
+    """The base model, its adapter, and what else every stage of a study has in common."""
+
     base_model: str
     base_model_revision: str | None
     dtype: Literal["float32", "bfloat16"]
     quantization: Literal["nf4"] | None
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
     lora_rank: Count
     lora_alpha: Count
-    lora_dropout: Share
+    lora_dropout: BelowOne
     lora_targets: Annotated[list[str], Field(min_length=1)]
-    learning_rate: Positive
     beta: Positive
-    epochs: Count
-    pairs_per_step: Count
     pairs_per_device: Count
-    warmup_ratio: Share
-    max_grad_norm: Positive
+
+
+class Scale(Model, Training):
+    """What a run costs: model, adapter, sizes, trainer (defaults.yaml and the scale's file)."""
+
+    label: str
+    rows: Annotated[str, Field(min_length=1)]
+    seeds: Annotated[list[CountOrNone], Field(min_length=1)]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
     activation_checkpointing: bool
     max_length: Annotated[int, Field(ge=16)]
     train_pairs: Count
     eval_pairs: Annotated[int, Field(ge=2)]
-    conflict_every: Annotated[int, Field(ge=0)]
-    conflict_pairs: Annotated[int, Field(ge=2)]
+    conflict_every: CountOrNone
+    conflict_pairs: Annotated[int, Field(ge=2, multiple_of=2)]
     ledger_every: Count
-    probe_pairs: Annotated[int, Field(ge=0)]
-    kl_pairs: Annotated[int, Field(ge=0)]
+    probe_pairs: CountOrNone
+    kl_pairs: CountOrNone
     scored_splits: Annotated[list[Literal["train", "eval"]], Field(min_length=1)]
     token_budget: Annotated[int, Field(ge=64)]
     resamples: Annotated[int, Field(ge=100)]
-
-    @model_validator(mode="after")
-    def _whole_batches(self) -> "Scale":
-        if self.pairs_per_step % self.pairs_per_device:
-            raise ValueError(f"pairs_per_step = {self.pairs_per_step} must be a multiple of pairs_per_device = {self.pairs_per_device}")
-        if self.conflict_pairs % 2:
-            raise ValueError(f"conflict_pairs = {self.conflict_pairs} must be even: it is split into two halves")
-        return self
 
 
 class Setting(_Checked):
@@ -84,31 +111,54 @@ class Setting(_Checked):
     source: Annotated[str, Field(min_length=1)]
     subset: Folder | None
     revision: str | None
-    layout: Literal["hh_rlhf", "helpsteer2", "pku_saferlhf", "ultrafeedback"]
-    objectives: Annotated[list[Word], Field(min_length=2)]
+    layout: str
+    objectives: Annotated[list[Name], Field(min_length=2)]
     relationship: Annotated[str, Field(min_length=1)]
 
+
+class Parameters(Scale, Setting):
+    """Everything that one stage of one chain is run with. Equal records give equal results."""
+
+    scale: Name
+    setting: Name
+    chain: str
+    seed: CountOrNone
+
     @model_validator(mode="after")
-    def _known_objectives(self) -> "Setting":
-        known = LAYOUT_OBJECTIVES[self.layout]
+    def _fit_together(self) -> "Parameters":
+        if self.pairs_per_step % self.pairs_per_device:
+            steps, device = self.pairs_per_step, self.pairs_per_device
+            raise ValueError(f"pairs_per_step = {steps} must be a multiple of pairs_per_device = {device}")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights = {self.loss_weights} must have one weight for each of {self.loss_type}"
+            )
+        if self.shuffled_labels and self.flipped:
+            raise ValueError(
+                "shuffled_labels and flipped exclude each other: labels at random have no share to turn"
+            )
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
+        known = LAYOUTS[self.layout].objectives
         unknown = [name for name in self.objectives if name not in known]
         if unknown:
-            raise ValueError(f"unknown objective {unknown[0]!r} for layout {self.layout}; it has {', '.join(known)}")
+            choice = ", ".join(known)
+            raise ValueError(f"unknown objective {unknown[0]!r} for layout {self.layout}; it has {choice}")
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives {self.objectives} name one objective twice")
         return self
 
 
-def load_yaml(file: Path, kind: type[_Checked], overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read one parameter file, lay `overrides` for its keys over it, and check the result.
+SHAPING = (*Model.model_fields, *Training.model_fields, "seed")
+"""Parameters that the weights of a stage depend on; its manifest keeps them."""
+_CHAIN_KEYS = ("scale", "setting", "chain", "seed")
 
-    Args:
-        file: a YAML mapping.
-        kind: `Scale` or `Setting`.
-        overrides: values from the command line; keys of the other kind are left alone.
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A parameter file as a dictionary.
 
     Raises:
-        StudyError: naming file, key, value and what is allowed.
+        StudyError: when it is not there (with the names that are) or is no YAML mapping.
     """
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
@@ -119,30 +169,168 @@ def load_yaml(file: Path, kind: type[_Checked], overrides: dict[str, Any] | None
         raise StudyError(f"{file}: not valid YAML ({error}).") from error
     if not isinstance(content, dict):
         raise StudyError(f"{file}: expected one 'key: value' a line, found {type(content).__name__}.")
-    mine = {key: value for key, value in (overrides or {}).items() if key in kind.model_fields}
+    return content
+
+
+def settings_of(root: Path) -> list[str]:
+    """Names of all settings."""
+    return sorted(file.stem for file in (root / "params" / "settings").glob("*.yaml"))
+
+
+@cache
+def variants(root: Path) -> dict[str, dict[str, Any]]:
+    """What each variant changes (`params/variants.yaml`), by its name.
+
+    Raises:
+        StudyError: for a variant that changes nothing, or something that does not shape one stage.
+    """
+    file = root / "params" / "variants.yaml"
+    found = read_yaml(file)
+    for name, changes in found.items():
+        if not isinstance(changes, dict) or not changes or not isinstance(name, str):
+            raise StudyError(f"{file}: {name}: expected {{key: value}}, got {changes!r}.")
+        unknown = [key for key in changes if key not in Training.model_fields]
+        if unknown:
+            known = ", ".join(Training.model_fields)
+            raise StudyError(f"{file}: {name}: {unknown[0]}: a variant may change {known}.")
+    return found
+
+
+def varied(root: Path, stage: Stage) -> dict[str, Any]:
+    """What the variants of a stage change, by parameter.
+
+    Raises:
+        StudyError: for an unknown variant, or two that change the same parameter.
+    """
+    changes: dict[str, Any] = {}
+    for name in stage.variants:
+        if name not in variants(root):
+            raise StudyError(
+                f"stage '{stage}': unknown variant {name!r}; known are {', '.join(variants(root))}."
+            )
+        twice = changes.keys() & variants(root)[name].keys()
+        if twice:
+            raise StudyError(f"stage '{stage}': two of its variants change {min(twice)}.")
+        changes |= variants(root)[name]
+    return changes
+
+
+def resolve(
+    root: Path,
+    *,
+    scale: str,
+    setting: str,
+    chain: str = "",
+    seed: int = 0,
+    overrides: dict[str, Any] | None = None,
+) -> Parameters:
+    """All parameters of the last stage of a chain, or of a setting where no chain is given.
+
+    `source` becomes the place that `rows` asks for, unless the command line gives a `source` of its own.
+
+    Args:
+        root: the project's folder.
+        scale, setting: names of files in `params/scales` and `params/settings`.
+        chain: "helpful-then-harmless.shuffled"; the variants of its last stage win over everything else.
+        seed: rules the adapter's start, the order of the pairs and every other draw of training.
+        overrides: values that win over the files.
+
+    Raises:
+        StudyError: for anything unknown, of the wrong type or out of range, and for a stage whose variants
+            would change nothing.
+    """
+    values, origin = _layers(root, scale=scale, setting=setting, overrides=overrides or {})
+    values |= {"scale": scale, "setting": setting, "chain": chain, "seed": seed}
+    plain = _validated(values, origin)
+    if "source" not in (overrides or {}):
+        values["source"] = source_of(root, rows=plain.rows, hub_id=plain.source)
+        plain = plain.model_copy(update={"source": values["source"]})
+    if not chain:
+        return plain
+    parsed = Chain.parse(chain)
+    check_chain(parsed, objectives=plain.objectives, variants=variants(root))
+    for beginning in parsed.lineage:
+        changes = varied(root, beginning.last)
+        shaped = _validated(values | changes, origin | dict.fromkeys(changes, f"stage '{beginning.last}'"))
+        _check_effect(plain, shaped, beginning)
+    return shaped
+
+
+def _layers(
+    root: Path, *, scale: str, setting: str, overrides: dict[str, Any]
+) -> tuple[dict, dict[str, str]]:
+    """Values of all layers, later ones winning, and where each came from."""
+    scale_file = root / "params" / "scales" / f"{check_word(scale, 'scale')}.yaml"
+    setting_file = root / "params" / "settings" / f"{check_word(setting, 'setting')}.yaml"
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for file, kind in (
+        (root / "params" / "defaults.yaml", Scale),
+        (scale_file, Scale),
+        (setting_file, Setting),
+    ):
+        content = read_yaml(file)
+        unknown = [key for key in content if key not in kind.model_fields]
+        if unknown:
+            known = ", ".join(kind.model_fields)
+            raise StudyError(f"{file}: {unknown[0]}: unknown key; the known keys are {known}.")
+        values |= content
+        origin |= dict.fromkeys(content, str(file))
+    return values | overrides, origin | dict.fromkeys(overrides, "the command line")
+
+
+def _validated(values: dict[str, Any], origin: dict[str, str]) -> Parameters:
     try:
-        return kind.model_validate(content | mine).model_dump()
+        return Parameters.model_validate(values)
     except ValidationError as error:
-        raise StudyError(_explain(error, file, kind, from_command_line=set(mine))) from error
+        raise StudyError("\n".join(_explain(fault, origin) for fault in error.errors())) from error
 
 
-def _explain(error: ValidationError, file: Path, kind: type[_Checked], *, from_command_line: set[str]) -> str:
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        where = "the command line" if key in from_command_line else str(file)
-        if fault["type"] == "extra_forbidden":
-            message = f"unknown key; the known keys are {', '.join(kind.model_fields)}"
-        elif fault["type"] == "missing":
-            message = "missing"
-        elif key:
-            message = f"{fault['msg']}, got {fault['input']!r}"
-            if fault["type"] == "float_type" and isinstance(fault["input"], str):
-                message += " (YAML reads 1e-4 as text: write 1.0e-4)"
-        else:
-            message = fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {key + ': ' if key else ''}{message}.")
-    return "\n".join(lines)
+def _explain(fault: Any, origin: dict[str, str]) -> str:
+    """One sentence for a fault that pydantic found."""
+    message = fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return f"{message}."
+    key = ".".join(str(part) for part in fault["loc"])
+    where = origin.get(str(fault["loc"][0]), "the notebook or the command line")
+    if fault["type"] == "missing":
+        return f"{key}: missing in the parameter files."
+    return f"{where}: {key}: {message}, got {fault['input']!r}."
+
+
+def _check_effect(plain: Parameters, shaped: Parameters, chain: Chain) -> None:
+    """Refuse a variant without effect: its chain would repeat another one under a new name."""
+    for name, value in dict(shaped).items():
+        if name in NEEDS_EARLIER and value != getattr(plain, name) and chain.parent is None:
+            raise StudyError(
+                f"chain '{chain}': {name} = {value!r} needs a stage before, and this is the first one."
+            )
+    if chain.last.variants and shaped == plain:
+        raise StudyError(f"chain '{chain}': the variants of '{chain.last}' change nothing; leave them out.")
+
+
+def from_notebook(root: Path, namespace: dict[str, Any]) -> Parameters:
+    """The parameters that a notebook's cell declares, checked as the batch checks them.
+
+    Args:
+        root: the project's folder.
+        namespace: the notebook's `globals()`; it must hold `scale` and `setting`.
+
+    Returns:
+        A record of the declared ones alone: any other attribute raises AttributeError, so that a notebook
+            cannot lean
+        on a value that it does not show.
+
+    Raises:
+        StudyError: as `resolve`.
+    """
+    mine = {key: namespace[key] for key in (*Scale.model_fields, *Setting.model_fields) if key in namespace}
+    names = {key: namespace[key] for key in _CHAIN_KEYS if key in namespace}
+    values, origin = _layers(root, scale=names["scale"], setting=names["setting"], overrides=mine)
+    full = _validated({"chain": "", "seed": 0} | values | names, origin | dict.fromkeys(mine, "the notebook"))
+    if full.chain:
+        check_chain(Chain.parse(full.chain), objectives=full.objectives, variants=variants(root))
+    return Parameters.model_construct(**{key: getattr(full, key) for key in (*mine, *names)})
 
 
 def check_word(value: str, what: str) -> str:
@@ -151,15 +339,11 @@ def check_word(value: str, what: str) -> str:
     Raises:
         StudyError: otherwise, naming the value and what it was to be.
     """
-    if not value or not value.replace("_", "a").isalnum() or not value.isascii() or value != value.lower():
-        raise StudyError(f"{what} {value!r} is not a name: use lower-case letters, digits and underscores only.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_]*", value):
+        raise StudyError(
+            f"{what} {value!r} is not a name: use lower-case letters, digits and underscores only."
+        )
     return value
-
-
-def orders_of(setting: dict[str, Any]) -> list[str]:
-    """Both directions of a setting's objectives, written "a-then-b"."""
-    forward = setting["objectives"]
-    return ["-then-".join(forward), "-then-".join(reversed(forward))]
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -173,9 +357,8 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not equals:
             raise StudyError(f"{word!r} is not of the form key=value.")
-        if key not in Scale.model_fields and key not in Setting.model_fields:
-            known = ", ".join([*Scale.model_fields, *Setting.model_fields])
-            raise StudyError(f"the command line: {key}: unknown key; the known keys are {known}.")
+        if key not in (known := (*Scale.model_fields, *Setting.model_fields)):
+            raise StudyError(f"the command line: {key}: unknown key; the known keys are {', '.join(known)}.")
         values[key] = yaml.safe_load(value)
     return values
 
@@ -185,72 +368,74 @@ def source_of(root: Path, *, rows: str, hub_id: str) -> str:
 
     Args:
         root: the project's folder.
-        rows: "embedded", "hub", or a folder (relative to the project) that holds local copies named like the last part of their hub ids.
-        hub_id: the setting's data set, for example Anthropic/hh-rlhf; a path, too, is left as it is under "hub".
+        rows: "embedded", "hub", or a folder (relative to the project) that holds local copies named like the
+            last part of their hub ids.
+        hub_id: the setting's data set, for example Anthropic/hh-rlhf; a path, too, is left as it is under
+            "hub".
 
     Returns:
-        "embedded", the hub id, or the folder of the copy; upper and lower case are one here. Whether it is there is checked later.
+        "embedded", the hub id, or the folder of the copy; upper and lower case are one here. Whether it is
+        there is checked later.
     """
     if rows in ("embedded", "hub"):
         return "embedded" if rows == "embedded" else hub_id
-    name = hub_id.rpartition("/")[2].casefold()
-    place = root / rows
-    found = sorted(path.name for path in place.iterdir() if path.name.casefold() == name) if place.is_dir() else []
-    folder = rows.rstrip("/") if rows.startswith(("/", ".")) or Path(rows).is_absolute() else f"./{rows.rstrip('/')}"  # never taken for a hub id
-    return f"{folder}/{found[0] if found else name}"
+    name, place = hub_id.rpartition("/")[2].casefold(), root / rows
+    here = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
+    found = next((other for other in here if other.casefold() == name), name)
+    folder = rows.rstrip("/")
+    return f"{folder if folder.startswith(('/', '.')) else f'./{folder}'}/{found}"  # never taken for a hub id
 
 
-def resolve(root: Path, *, scale: str, setting: str, order: str | None = None, seed: int = 0, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """All parameters of one chain, flat: scale, then setting, then order and seed, then the command line.
-
-    `source` becomes the place that `rows` asks for, unless the command line gives a `source` of its own.
-
-    Args:
-        root: the project's folder.
-        scale, setting: names of files in `params/scales` and `params/settings`.
-        order: objectives joined by "-then-"; the setting's own order when None.
-        seed: rules the adapter's start, the order of the pairs and the conflict batches.
-        overrides: values that win over the files.
-
-    Raises:
-        StudyError: for anything unknown, of the wrong type or out of range.
-    """
-    check_word(scale, "scale")
-    check_word(setting, "setting")
-    flat = load_yaml(root / "params" / "scales" / f"{scale}.yaml", Scale, overrides)
-    flat |= load_yaml(root / "params" / "settings" / f"{setting}.yaml", Setting, overrides)
-    if "source" not in (overrides or {}):
-        flat["source"] = source_of(root, rows=flat["rows"], hub_id=flat["source"])
-    order = order or orders_of(flat)[0]
-    if sorted(order.split("-then-")) != sorted(flat["objectives"]):
-        raise StudyError(f"order {order!r} does not hold the objectives of {setting}: {', '.join(flat['objectives'])}.")
-    _check_seed(seed)
-    return flat | {"scale": scale, "setting": setting, "order": order, "seed": seed}
-
-
-def from_notebook(root: Path, namespace: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that a notebook's cell declares, checked as the batch checks them.
+def chosen_chains(
+    root: Path, settings: Iterable[Parameters], *, designs: Iterable[str], named: Iterable[str] = ()
+) -> dict[str, list[str]]:
+    """The chains of a study, by setting.
 
     Args:
         root: the project's folder.
-        namespace: the notebook's `globals()`; it must hold `scale` and `setting`.
+        settings: parameters of each setting.
+        designs: names of files in `params/designs`, whose templates are filled with each setting's
+            objectives.
+        named: chains written out; each goes to the settings that have its objectives.
 
     Returns:
-        Only the declared ones, so that a notebook cannot lean on a value that it does not show.
+        Setting to the texts of its chains, each once; a setting without a chain is left out.
 
     Raises:
-        StudyError: as `resolve`.
+        StudyError: for an unknown design, a design that no setting has enough objectives for, a chain that no
+            setting has the objectives for, and whatever `resolve` refuses about a chain.
     """
-    mine = {key: namespace[key] for key in (*Scale.model_fields, *Setting.model_fields) if key in namespace}
-    chain = {key: namespace[key] for key in ("scale", "setting", "order", "seed") if key in namespace}
-    checked = load_yaml(root / "params" / "scales" / f"{check_word(chain['scale'], 'scale')}.yaml", Scale, mine)
-    checked |= load_yaml(root / "params" / "settings" / f"{check_word(chain['setting'], 'setting')}.yaml", Setting, mine)
-    for objective in chain.get("order", "any").split("-then-"):
-        check_word(objective, "objective")
-    _check_seed(chain.get("seed", 0))
-    return {key: checked[key] for key in mine} | chain
+    settings = list(settings)
+    found: dict[str, list[Chain]] = {each.setting: [] for each in settings}
+    for design in designs:
+        templates = design_templates(root, design)
+        for each in settings:
+            found[each.setting] += expand(templates, each.objectives)[0]
+        if not any(expand(templates, each.objectives)[0] for each in settings):
+            raise StudyError(
+                f"design {design!r} ({', '.join(templates)}) needs more objectives than a setting has."
+            )
+    for chain in map(Chain.parse, named):
+        takers = [each for each in settings if set(chain.objectives) <= set(each.objectives)]
+        if not takers:
+            have = "; ".join(f"{each.setting} has {', '.join(each.objectives)}" for each in settings)
+            raise StudyError(f"chain '{chain}' holds objectives that no chosen setting has: {have}.")
+        for each in takers:
+            check_chain(chain, objectives=each.objectives, variants=variants(root))
+            found[each.setting].append(chain)
+    return {setting: list(dict.fromkeys(map(str, chains))) for setting, chains in found.items() if chains}
 
 
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise StudyError(f"seed {seed!r} is not a whole number of 0 or more.")
+def design_templates(root: Path, design: str) -> list[str]:
+    """The templates of a design (`params/designs/<design>.yaml`).
+
+    Raises:
+        StudyError: for an unknown design, or a file that is not one list named `chains`.
+    """
+    file = root / "params" / "designs" / f"{check_word(design, 'design')}.yaml"
+    content = read_yaml(file)
+    templates = content.get("chains")
+    listed = isinstance(templates, list) and templates and all(isinstance(each, str) for each in templates)
+    if set(content) != {"chains"} or not listed:
+        raise StudyError(f"{file}: expected one key, chains, with a list of templates such as A-then-B.")
+    return templates

@@ -1,23 +1,24 @@
 """Where every file of the study lies, and how a file is written whole or not at all."""
 
+from __future__ import annotations
+
 import json
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import pyarrow.parquet
+from seqdpo_utils.chains import Chain
+from seqdpo_utils.errors import StudyError
+
+if TYPE_CHECKING:
+    import pandas as pd  # half a second that the command line can do without
 
 REPORT_KEY = "seqdpo.scoring"
 """Under this name a file of per-pair records carries, in its metadata, the report of how they were scored."""
-
-
-class StudyError(ValueError):
-    """A fault that its message explains: what was wrong, where it came from, what to do."""
+_REMEDY = "Run the notebooks before this one, or all of them with `make study`."
 
 
 def project_root() -> Path:
@@ -30,85 +31,118 @@ def project_root() -> Path:
     for folder in (here, *here.parents):
         if (folder / "params" / "scales").is_dir() and (folder / "notebooks").is_dir():
             return folder
-    raise StudyError(f"{here} is not inside the project: no folder above it holds params/scales and notebooks.")
+    raise StudyError(
+        f"{here} is not inside the project: no folder above it holds params/scales and notebooks."
+    )
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Files of one chain (scale, setting, order, seed) under `root`.
+    """Files of one setting, and of one chain and seed of it, under `root` (the folder `runs`).
 
-    The names come from validated parameters (lower-case words), so that none can leave `root`.
+    What the LAST stage of the chain made lies in `node`; what earlier stages made lies in the nodes of the
+    chain's beginnings. The names come from checked parameters, so that none can leave `root`; in the
+    Snakefile they are wildcards.
     """
 
     root: Path
     scale: str
     setting: str
-    order: str = ""
-    seed: int = 0
+    chain: str = ""
+    seed: int | str = 0
 
     @property
-    def setting_dir(self) -> Path:
+    def folder(self) -> Path:
         return self.root / self.scale / self.setting
 
     @property
-    def chain_dir(self) -> Path:
-        return self.setting_dir / self.order / f"seed-{self.seed}"
-
-    @property
-    def run_json(self) -> Path:
-        return self.chain_dir / "run.json"
-
-    @property
-    def movement(self) -> Path:
-        return self.chain_dir / "movement.parquet"
-
-    @property
     def base_scores(self) -> Path:
-        return self.setting_dir / "scores" / "base.parquet"
+        return self.folder / "scores" / "base.parquet"
 
     @property
     def preparation(self) -> Path:
-        """Counts of dropped and truncated rows, and the fingerprints that the chains check."""
-        return self.setting_dir / "data" / "preparation.json"
+        """Counts of dropped and shortened rows, and the fingerprints that the stages check."""
+        return self.folder / "data" / "preparation.json"
 
     def data(self, objective: str) -> Path:
-        return self.setting_dir / "data" / f"{objective}.parquet"
+        return self.folder / "data" / f"{objective}.parquet"
 
-    def checkpoint(self, stage: int) -> Path:
-        return self.chain_dir / "checkpoints" / f"stage{stage}"
+    @property
+    def start(self) -> Path:
+        """The adapter before training, which every chain of this seed begins with."""
+        return self.root / self.scale / "start" / f"seed-{self.seed}" / "adapter"
 
-    def history(self, stage: int) -> Path:
-        return self.chain_dir / "history" / f"stage{stage}.parquet"
+    @property
+    def node(self) -> Path:
+        return self.folder / self.chain / f"seed-{self.seed}"
 
-    def scores(self, stage: int) -> Path:
-        return self.chain_dir / "scores" / f"stage{stage}.parquet"
+    @property
+    def adapter(self) -> Path:
+        return self.node / "adapter"
 
-    def conflict(self, stage: int) -> Path:
-        return self.chain_dir / "conflict" / f"stage{stage}.parquet"
+    @property
+    def manifest(self) -> Path:
+        """Written with the adapter: hash of its weights and the parameters that shaped them."""
+        return self.adapter / "manifest.json"
 
-    def ledger(self, stage: int) -> Path:
-        return self.chain_dir / "ledger" / f"stage{stage}.parquet"
+    @property
+    def history(self) -> Path:
+        return self.node / "history.parquet"
+
+    @property
+    def scores(self) -> Path:
+        return self.node / "scores.parquet"
+
+    @property
+    def kl(self) -> Path:
+        return self.node / "kl.parquet"
+
+    @property
+    def conflict(self) -> Path:
+        return self.node / "conflict.parquet"
+
+    @property
+    def ledger(self) -> Path:
+        return self.node / "ledger.parquet"
+
+    @property
+    def movement(self) -> Path:
+        return self.node / "movement.parquet"
+
+    @property
+    def run_json(self) -> Path:
+        return self.node / "run.json"
 
     def table(self, name: str) -> Path:
-        return self.chain_dir / "tables" / f"{name}.parquet"
+        return self.node / "tables" / f"{name}.parquet"
 
+    def page(self, name: str) -> Path:
+        """An executed notebook of the chain, or of the setting where there is no chain."""
+        return (self.node if self.chain else self.folder) / "notebooks" / f"{name}.ipynb"
 
-def process_number() -> int:
-    """Which of the processes that train one stage together this is, as the launcher says; 0 writes the files, and stands alone without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    def summary(self, name: str) -> Path:
+        return self.root / self.scale / "summary" / f"{name}.parquet"
 
+    def at(self, chain: str | Chain) -> RunPaths:
+        """The same setting and seed, another chain."""
+        return replace(self, chain=str(chain))
 
-def wait_for_all() -> None:
-    """Let every process of a stage come to this point, so that what one wrote lies there for all."""
-    torch = sys.modules.get("torch")  # not imported for this: without it there is nobody to wait for
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    @property
+    def lineage(self) -> list[RunPaths]:
+        """The nodes of the chain's beginnings, the shortest first, its own last."""
+        return [self.at(beginning) for beginning in Chain.parse(self.chain).lineage]
+
+    @property
+    def previous(self) -> Path:
+        """The adapter that the last stage began with: of the stage before, or the start."""
+        parent = Chain.parse(self.chain).parent
+        return self.at(parent).adapter if parent else self.start
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     """Call `write` with a temporary neighbour of `path`, then rename it into place.
 
-    A process killed half-way leaves `path` as it was. Of several processes the first writes and the others wait.
+    A process killed half-way leaves `path` as it was.
 
     Args:
         path: the file to appear.
@@ -117,9 +151,6 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     Raises:
         OSError: what `write` or the disk raised; the temporary file is removed.
     """
-    if process_number():
-        wait_for_all()
-        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -128,7 +159,6 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> Path:
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()
-    wait_for_all()
     return path
 
 
@@ -149,52 +179,16 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         StudyError: when the file is missing or cannot be read, with the remedy.
     """
+    import pandas as pd
+
     if not path.is_file():
-        raise StudyError(f"{path} is missing. Run the notebooks before this one, or all of them with `make study`.")
+        raise StudyError(f"{path} is missing. {_REMEDY}")
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise StudyError(f"{path} cannot be read as Parquet ({error}). Delete it and run `make study` again.") from error
-
-
-def read_scores(paths: RunPaths, *, stages: int) -> pd.DataFrame:
-    """Per-pair records of the base and of every stage of a chain, one below the other."""
-    files = [paths.base_scores, *(paths.scores(k) for k in range(1, stages + 1))]
-    return pd.concat([read_table(file) for file in files], ignore_index=True)
-
-
-def read_report(records: Path) -> dict[str, Any]:
-    """What was noted when a file of records was written: pairs, seconds, which pass, rounding.
-
-    Raises:
-        StudyError: when the file was not written by the study's scorer.
-    """
-    metadata = pyarrow.parquet.read_metadata(records).metadata or {}
-    if REPORT_KEY.encode() not in metadata:
-        raise StudyError(f"{records} carries no report of its scoring. Delete it and run `make study` again.")
-    return json.loads(metadata[REPORT_KEY.encode()])
-
-
-def check_trained(paths: RunPaths, *, stages: int, parameters: dict[str, Any]) -> None:
-    """Refuse adapters that were trained with other parameters than those at hand.
-
-    Args:
-        paths: the chain.
-        stages: how many stages to check, from the first.
-        parameters: those that the manifest also names are compared.
-
-    Raises:
-        StudyError: naming stage, parameter and both values.
-    """
-    for stage in range(1, stages + 1):
-        folder = paths.checkpoint(stage)
-        trained = read_json(folder / "manifest.json")["parameters"]
-        for key in sorted(trained.keys() & parameters.keys()):
-            if trained[key] != parameters[key]:
-                raise StudyError(
-                    f"{folder} was trained with {key} = {trained[key]!r}, here it is {parameters[key]!r}. "
-                    f"Delete {paths.chain_dir} and run `make study` again, or give the trial a seed of its own."
-                )
+        raise StudyError(
+            f"{path} cannot be read as Parquet ({error}). Delete it and run `make study` again."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -204,8 +198,55 @@ def read_json(path: Path) -> dict[str, Any]:
         StudyError: when the file is missing or damaged, with the remedy.
     """
     if not path.is_file():
-        raise StudyError(f"{path} is missing. Run the notebooks before this one, or all of them with `make study`.")
+        raise StudyError(f"{path} is missing. {_REMEDY}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise StudyError(f"{path} is not JSON ({error}). Delete it and run `make study` again.") from error
+
+
+def read_chain(run: RunPaths, name: str) -> pd.DataFrame:
+    """One table ("scores", "conflict", "ledger", "kl", "history") of every stage, in order of training."""
+    import pandas as pd
+
+    tables = [read_table(getattr(node, name)) for node in run.lineage]
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else tables[-1]
+
+
+def read_report(records: Path) -> dict[str, Any]:
+    """What was noted when a file of records was written: pairs, seconds, which pass, rounding.
+
+    Raises:
+        StudyError: when the file was not written by the study's scorer.
+    """
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(records).metadata or {}
+    if REPORT_KEY.encode() not in metadata:
+        raise StudyError(f"{records} carries no report of its scoring. Delete it and run `make study` again.")
+    return json.loads(metadata[REPORT_KEY.encode()])
+
+
+def check_trained(run: RunPaths, given: dict[str, Any], *, varied: Collection[str] = ()) -> None:
+    """Refuse adapters that were trained with other parameters than those at hand.
+
+    Compared is what both know, except for what a stage's own variants changed.
+
+    Args:
+        run: the chain; every stage of it is checked.
+        given: parameters by name, perhaps of a notebook that declares only some.
+        varied: parameters that the variants of the stage at hand change.
+
+    Raises:
+        StudyError: naming stage, parameter and both values.
+    """
+    for node in run.lineage:
+        manifest = read_json(node.manifest)
+        for key, trained in sorted(manifest["parameters"].items()):
+            own = key in varied or key in manifest["varied"]
+            if key in given and not own and trained != given[key]:
+                raise StudyError(
+                    f"{node.adapter} was trained with {key} = {trained!r}, here it is {given[key]!r}. "
+                    f"Delete {node.node} and run `make study` again, or give the trial a seed of its own."
+                )

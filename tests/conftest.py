@@ -1,4 +1,5 @@
-"""Fixtures: the project's folder, a tiny random Llama, and pairs made of its tokens."""
+"""Fixtures: the project's folder, a tiny random Llama, pairs made of its tokens, and a trained first
+stage."""
 
 import os
 from pathlib import Path
@@ -7,15 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from seqdpo_utils import models, params, scoring
+from seqdpo_utils import models, params, scoring, stages
 from seqdpo_utils.encoding import EncodedPair
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
@@ -31,13 +33,31 @@ def tokenizer(root):
 
 @pytest.fixture
 def base(root, tokenizer):
-    return models.load_base(root, models.TINY, dtype="float32")
+    return fresh()
 
 
-@pytest.fixture
-def parameters(root) -> dict:
-    """The smoke scale on the first setting, without conflict measurement."""
-    return params.resolve(root, scale="smoke", setting="distributional_conflict") | {"conflict_every": 0}
+@pytest.fixture(scope="session")
+def parameters(root) -> params.Parameters:
+    """The smoke scale on the first setting, without conflict measurement and without a ledger."""
+    flat = params.resolve(root, scale="smoke", setting="distributional_conflict")
+    return flat.model_copy(update={"conflict_every": 0, "probe_pairs": 0})
+
+
+@pytest.fixture(scope="session")
+def stage1(tokenizer, parameters, tmp_path_factory) -> Path:
+    """The adapter of a first stage on sixteen random pairs; read only."""
+    folder = tmp_path_factory.mktemp("first")
+    data = data_for(fresh(), random_pairs(16))
+    trainer = stages.stage_trainer(fresh(), tokenizer, data, parameters=parameters, output_dir=folder)
+    trainer.train()
+    shaping = {key: value for key, value in dict(parameters).items() if key in params.SHAPING}
+    models.save_adapter(trainer.model, folder / "adapter", manifest={"parameters": shaping, "varied": []})
+    return folder / "adapter"
+
+
+def fresh():
+    """The tiny base model, loaded anew."""
+    return models.load_base(ROOT, models.TINY, dtype="float32")
 
 
 def random_pairs(count: int, *, seed: int = 0) -> list[EncodedPair]:
@@ -54,8 +74,33 @@ def pair_table(count: int, *, objective: str = "helpful", split: str = "train") 
     return pd.DataFrame({"pair_id": names, "prompt_id": names, "objective": objective, "split": split})
 
 
+def records_for(model, pairs: list[EncodedPair], *, checkpoint: str = "base") -> pd.DataFrame:
+    """Per-pair records of a model for encoded pairs."""
+    scorer = scoring.Scorer(model, token_budget=300)
+    return scorer.records(pair_table(len(pairs)), pairs, checkpoint=checkpoint)
+
+
+def rows_for(model, pairs: list[EncodedPair]) -> Dataset:
+    return stages.training_rows(pairs, records_for(model, pairs))
+
+
+def data_for(model, pairs: list[EncodedPair], **earlier: list[EncodedPair]) -> stages.StageData:
+    """What a stage trains on and looks back at, with the sums of `model` as reference."""
+    records = records_for(model, pairs)
+    old = {name: rows_for(model, others) for name, others in earlier.items()}
+    return stages.StageData(stages.training_rows(pairs, records), records, old)
+
+
+def adapter_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def trained_log(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
 @pytest.fixture
 def scored(base):
     """Eight random pairs with the base model's records."""
     pairs = random_pairs(8)
-    return pairs, scoring.score_pairs(base, pair_table(8), pairs, checkpoint="base", token_budget=128)
+    return pairs, scoring.Scorer(base, token_budget=128).records(pair_table(8), pairs, checkpoint="base")

@@ -6,8 +6,12 @@ import pandas as pd
 import pytest
 
 from seqdpo_utils import charts
+from seqdpo_utils.chains import Chain
 
-OUTSIDE = re.compile(r"""(?:src|href|xlink:href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import""", re.IGNORECASE)
+FETCHED = r"""(?:src|href|xlink:href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import"""
+OUTSIDE = re.compile(FETCHED, re.IGNORECASE)
+CHAIN = Chain.parse("a-then-b.shuffled")
+LABELS = CHAIN.labels
 
 
 @pytest.fixture(autouse=True)
@@ -17,12 +21,18 @@ def static():
         yield
 
 
+def svg_of(chart: alt.TopLevelMixin) -> str:
+    return charts.static_bundle(chart.to_dict())[0]["image/svg+xml"]
+
+
 def matrix() -> pd.DataFrame:
     rows = [
-        {"checkpoint": c, "objective": o, "n_pairs": 9, "margin": m, "margin_low": m - 0.1, "margin_high": m + 0.1}
-        for c, m in (("base", 0.0), ("stage1", 1.0), ("stage2", -0.5)) for o in ("a", "b")
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+        (checkpoint, objective, 9, margin, margin - 0.1, margin + 0.1)
+        for checkpoint, margin in zip(CHAIN.checkpoints, (0.0, 1.0, -0.5), strict=True)
+        for objective in ("a", "b")
+    ]
+    columns = ["checkpoint", "objective", "n_pairs", "margin", "margin_low", "margin_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def conflict_rows() -> pd.DataFrame:
@@ -31,32 +41,65 @@ def conflict_rows() -> pd.DataFrame:
 
 
 def bars() -> pd.DataFrame:
-    rows = [("0", 0.0, 0.3, "entry"), ("1", 0.3, 0.1, "entry"), ("rest", 0.1, 0.15, "rest"), ("measured", 0.0, 0.15, "measured")]
+    rows = [("0", 0.0, 0.3, "entry"), ("1", 0.3, 0.1, "entry")]
+    rows += [("rest", 0.1, 0.15, "rest"), ("measured", 0.0, 0.15, "measured")]
     return pd.DataFrame(rows, columns=["part", "start", "end", "kind"])
 
 
+def history() -> pd.DataFrame:
+    rewards = {"rewards/margins": [0.0, 0.2], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]}
+    return pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6]} | rewards)
+
+
+def displaced() -> pd.DataFrame:
+    sides = {f"{side}{end}": [0.5, -0.5] for side in ("chosen", "rejected") for end in ("", "_low", "_high")}
+    ends = {"from_checkpoint": "base", "to_checkpoint": CHAIN.checkpoints[1:]}
+    return pd.DataFrame({"objective": "a"} | ends | sides)
+
+
+def moves() -> pd.DataFrame:
+    ends = {"from_checkpoint": "base", "other_to": str(CHAIN), "space": "weight"}
+    layer, module = pd.array([0, 1, None], "Int64"), ["q_proj", "up_proj", None]
+    return pd.DataFrame(ends | {"layer": layer, "module": module, "cosine": [0.2, -0.2, 0.9]})
+
+
+def after_each_stage(stages: int) -> pd.DataFrame:
+    after = [f"stage {k}" for k in range(1, stages + 1)]
+    return pd.DataFrame(
+        {"label": "s: a", "after": after, "margin": 1.0, "margin_low": 0.5, "margin_high": 2.0}
+    )
+
+
+def changes() -> pd.DataFrame:
+    return pd.DataFrame({"before": [0.1, -0.2], "after": [-0.1, -0.2], "reordered": ["lost", "same"]})
+
+
+def quartiles() -> pd.DataFrame:
+    means = {"change": 0.1, "change_low": 0.0, "change_high": 0.2}
+    rows = {"key": ["base"] * 4 + ["stage1_policy_margin"] * 4, "quartile": [*range(1, 5)] * 2}
+    return pd.DataFrame({"objective": "a"} | rows | means)
+
+
 def figures() -> dict[str, alt.TopLevelMixin]:
-    steps = pd.DataFrame({"step": [1, 2], "loss": [0.7, 0.6], "rewards/margins": [0.0, 0.2], "rewards/chosen": [0.0, 0.1], "rewards/rejected": [0.0, -0.1]})
-    fallen = {f"{side}{bound}": [0.5, -0.5] for side in ("chosen", "rejected") for bound in ("", "_low", "_high")}
-    displaced = pd.DataFrame({"objective": "a", "from_checkpoint": "base", "to_checkpoint": ["stage1", "stage2"]} | fallen)
-    changes = pd.DataFrame({"before": [0.1, -0.2], "after": [-0.1, -0.2], "reordered": ["lost", "same"]})
-    quartiles = pd.DataFrame({"key": "base", "quartile": range(1, 5), "change": 0.1, "change_low": 0.0, "change_high": 0.2})
-    moves = {"from_checkpoint": "stage0", "other_to": "stage2"}
-    cells = pd.DataFrame(moves | {"space": "weight", "layer": pd.array([0, 1], "Int64"), "module": ["q_proj", "up_proj"], "cosine": [0.2, -0.2]}, index=[0, 1])
-    ends = matrix().query("checkpoint != 'base' and objective == 'a'").assign(label="s: a, then b", setting="s", order="a-then-b")
     lengths = pd.DataFrame({"objective": "a", "side": ["chosen", "rejected"], "tokens": [5, 9]})
+    both = {"objectives": ["a", "b"], "labels": LABELS, "caption": "n = 9."}
+    asked = {"measure": "margin", "axis": "margin", "question": "?"}
+    one = {"objectives": ["a"], "labels": LABELS, "caption": "n = 2."}
+    two = {"before": "1 a", "after": "2 b", "caption": "n = 2."}
     return {
         "token_lengths": charts.token_lengths(lengths, objectives=["a"], caption="n = 2."),
-        "learning_curves": charts.learning_curves(steps, stage=1, caption="n = 2."),
-        "conflict_over_steps": charts.conflict_over_steps(conflict_rows(), band=(-0.05, 0.25), caption="n = 2."),
+        "learning_curves": charts.learning_curves(history(), stage=1, pairs=2, seed=0),
+        "conflict_over_steps": charts.conflict_over_steps(
+            conflict_rows(), band=(-0.1, 0.2), caption="n = 2."
+        ),
         "ledger_waterfall": charts.ledger_waterfall(bars(), by="layer", caption="n = 4."),
-        "displaced_likelihood": charts.displaced_likelihood(displaced, objectives=["a"], caption="n = 2."),
-        "stage_heat_map": charts.stage_heat_map(matrix(), objectives=["a", "b"], caption="n = 9."),
-        "margins_by_stage": charts.margins_by_stage(matrix(), objectives=["a", "b"], measure="margin", axis="margin", question="?", caption="n = 9."),
-        "pair_scatter": charts.pair_scatter(changes, before="stage 1", after="stage 2", caption="n = 2."),
-        "quartile_changes": charts.quartile_changes(quartiles, caption="n = 4."),
-        "movement_map": charts.movement_map(cells, caption="n = 2."),
-        "retention_overview": charts.retention_overview(ends, caption="n = 9."),
+        "displaced_likelihood": charts.displaced_likelihood(displaced(), **one),
+        "stage_heat_map": charts.stage_heat_map(matrix(), **both),
+        "margins_by_stage": charts.margins_by_stage(matrix(), **both, **asked),
+        "pair_scatter": charts.pair_scatter(changes(), **two),
+        "quartile_changes": charts.quartile_changes(quartiles(), caption="n = 4."),
+        "movement_map": charts.movement_map(moves(), caption="n = 2."),
+        "retention_overview": charts.retention_overview(after_each_stage(2), caption="n = 9."),
     }
 
 
@@ -65,30 +108,67 @@ def test_every_figure_is_a_picture_with_a_text_that_asks_nothing_of_a_network(na
     chart = figures()[name]
     bundle, metadata = charts.static_bundle(chart.to_dict())
     assert bundle["image/svg+xml"].startswith("<svg") and not OUTSIDE.search(bundle["image/svg+xml"])
-    assert metadata["image/svg+xml"]["alt"] == bundle["text/plain"] and "n = " in bundle["text/plain"]
+    assert metadata["image/svg+xml"]["alt"] == bundle["text/plain"]
+    assert re.search(r"n = \d|2 pairs", bundle["text/plain"])
     assert chart.to_dict()["title"]["text"].endswith("?")
 
 
 def test_the_marks_carry_the_numbers():
     """A figure that draws nothing would pass for a picture: count its marks and read its labels."""
-    svg = charts.static_bundle(figures()["stage_heat_map"].to_dict())[0]["image/svg+xml"]
+    svg = svg_of(figures()["stage_heat_map"])
     assert svg.count("+1.00") >= 2 and "0.50" in svg and len(re.findall(r"#[0-9a-f]{6}|rgb\(", svg)) > 4
-    assert charts.static_bundle(figures()["pair_scatter"].to_dict())[0]["image/svg+xml"].count('aria-roledescription="circle"') == 2
+    assert svg_of(figures()["pair_scatter"]).count('aria-roledescription="circle"') == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("displaced_likelihood", 4),
+        ("margins_by_stage", 6),
+        ("quartile_changes", 8),
+        ("retention_overview", 2),
+    ],
+)
+def test_every_interval_has_its_point_its_rule_and_a_zero_to_be_read_against(name, points):
+    svg = svg_of(figures()[name])
+    assert svg.count('aria-roledescription="point"') == points
+    assert svg.count('aria-roledescription="rule mark"') == points
+    assert 'stroke-dasharray="4,3"' in svg
+
+
+@pytest.mark.parametrize("name", ["stage_heat_map", "margins_by_stage", "displaced_likelihood"])
+def test_checkpoints_bear_their_labels_and_an_unknown_one_is_refused(name):
+    svg = svg_of(figures()[name])
+    assert "2 b.shuffled" in svg and str(CHAIN) not in svg
+    with pytest.raises(KeyError, match="shuffled"):
+        charts.stage_heat_map(matrix(), objectives=["a"], labels={"base": "base", "a": "1 a"}, caption="")
+
+
+def test_the_learning_curves_say_what_they_are_of():
+    description = charts.learning_curves(history(), stage=2, pairs=30, seed=7).to_dict()["description"]
+    assert "30 pairs, 2 steps, seed 7; mean training margin of the last 2 steps +0.10" in description
 
 
 def test_the_waterfall_has_a_bar_for_every_part_in_the_colour_of_its_direction():
-    svg = charts.static_bundle(figures()["ledger_waterfall"].to_dict())[0]["image/svg+xml"]
+    svg = svg_of(figures()["ledger_waterfall"])
     assert svg.count('aria-roledescription="bar"') == 4
     assert all(svg.count(colour) >= 2 for colour in (charts.NEGATIVE, charts.POSITIVE, charts.INK))
 
 
 def test_conflict_shows_what_was_measured_and_the_band_only_where_there_is_one():
     with_band, without = (
-        charts.static_bundle(charts.conflict_over_steps(conflict_rows(), band=band, caption="n = 2.").to_dict())[0]["image/svg+xml"]
+        svg_of(charts.conflict_over_steps(conflict_rows(), band=band, caption="n = 2."))
         for band in ((-0.1, 0.2), (None, None))
     )
-    assert with_band.count('aria-roledescription="point"') == without.count('aria-roledescription="point"') == 5
+    points = 'aria-roledescription="point"'
+    assert with_band.count(points) == without.count(points) == 5
     assert "rect mark container" in with_band and "rect mark container" not in without
+    assert with_band.count('aria-roledescription="line mark"') == 1  # between the objectives only
+    charts.conflict_over_steps(conflict_rows().head(0), band=(None, None), caption="nothing").to_dict()
+
+
+def test_the_movement_map_has_a_cell_a_matrix_and_no_other():
+    assert svg_of(figures()["movement_map"]).count('aria-roledescription="rect mark"') == 2
 
 
 def test_a_chart_without_a_text_is_refused():
@@ -99,30 +179,75 @@ def test_a_chart_without_a_text_is_refused():
 def test_sentences_say_what_is_missing():
     assert charts.with_interval(0.5, 0.25, 0.75) == "+0.50 (+0.25 to +0.75)"
     assert charts.with_interval(None, None, None) == charts.with_interval(np.nan, 0, 0) == "not measured"
+    assert charts.with_interval(pd.NA, pd.NA, pd.NA) == "not measured"
     assert "no interval" in charts.with_interval(0.5, None, None)
     assert charts.percent(0.256) == "26%"
 
 
+def test_a_number_keeps_the_side_of_zero_that_it_is_on():
+    assert charts.with_interval(0.016, 0.003, 0.029) == "+0.016 (+0.003 to +0.029)"
+    assert charts.with_interval(-0.5, -0.7, 0.0) == "-0.50 (-0.70 to +0.00)"
+    assert charts.with_interval(-1e-9, -0.7, 0.5) == "+0.0000 (-0.7000 to +0.5000)"
+
+
+def test_counts_read_well_when_there_is_one():
+    assert charts.span(pd.Series([32, 32])) == "32" and charts.span(pd.Series([30, 32, 31])) == "30 to 32"
+    assert charts.span(pd.Series([-2.5, 10.0]), form="+.1f") == "-2.5 to +10.0"
+    assert charts.span(pd.Series([77.6, 78.4]), form=".0f") == "78"
+    assert charts.counted(pd.Series(["stable"]), "seed") == "stable in the only seed"
+    assert charts.counted(pd.Series(list("aba")), "chain") == "a: 2 of 3 chains; b: 1 of 3 chains"
+
+
+def test_a_table_shows_numbers_without_a_negative_zero_and_gaps_as_such():
+    table = pd.DataFrame({"name": ["x", None], "n": [3, 4], "plain": [-0.0001, 0.5], "gap": [0.25, None]})
+    html = charts.show(table.astype({"gap": "Float64"}), digits=2, missing="none").to_html()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", html)
+    assert cells == ["x", "3", "0.00", "0.25", "none", "4", "0.50", "none"]
+
+
 def test_stages_and_objectives_keep_their_colours():
-    colours = [figures()[name].to_dict() for name in ("margins_by_stage", "retention_overview")]
-    assert charts.OBJECTIVE_COLOURS[0] in str(colours[0]) and charts.STAGE_COLOURS[1] in str(colours[1])
+    options = {"objectives": ["a", "b"], "labels": LABELS, "measure": "margin", "axis": "margin"}
+    for place, objective in enumerate(options["objectives"]):
+        part = matrix()[matrix()["objective"] == objective]
+        svg = svg_of(charts.margins_by_stage(part, **options, question="?", caption="n = 9."))
+        rule = 'stroke="{}" stroke-width="2"'
+        assert rule.format(charts.OBJECTIVE_COLOURS[place]) in svg
+        assert rule.format(charts.OBJECTIVE_COLOURS[1 - place]) not in svg
+    curves = [charts.learning_curves(history(), stage=k, pairs=2, seed=0) for k in (1, 2)]
+    assert [charts.STAGE_COLOURS[k] in str(chart.to_dict()) for k, chart in enumerate(curves, 1)] == [
+        True,
+        True,
+    ]
+    overview = str(charts.retention_overview(after_each_stage(3), caption="n = 9.").to_dict())
+    assert all(colour in overview for colour in charts.STAGE_COLOURS[1:4])
+
+
+def test_a_chain_longer_than_the_palette_begins_again_without_the_colour_of_the_base():
+    stages = len(charts.STAGE_COLOURS) + 1
+    colours = charts.retention_overview(after_each_stage(stages), caption="n = 9.").to_dict()
+    (scale,) = {str(found) for found in re.findall(r"'range': (\[.*?\])", str(colours))}
+    assert scale.count("#") == stages and charts.GREY not in scale
 
 
 def test_ten_thousand_pairs_are_drawn_from_aggregates_that_lose_none():
     rng = np.random.default_rng(0)
     before, after = rng.normal(size=(2, 10_000))
-    changes = pd.DataFrame({"before": before, "after": after, "reordered": rng.choice(["gained", "same", "lost"], 10_000)})
-    lengths = pd.DataFrame({"objective": "a", "side": rng.choice(["chosen", "rejected"], 20_000), "tokens": rng.integers(1, 900, 20_000)})
-    for chart, column, total in (
-        (charts.pair_scatter(changes, before="stage 1", after="stage 2", caption="n = 10000."), "pairs", 10_000),
-        (charts.token_lengths(lengths, objectives=["a"], caption="n = 20000."), "size", 20_000),
-    ):
+    reordered = rng.choice(["gained", "same", "lost"], 10_000)
+    many = pd.DataFrame({"before": before, "after": after, "reordered": reordered})
+    sides, tokens = rng.choice(["chosen", "rejected"], 20_000), rng.integers(1, 900, 20_000)
+    lengths = pd.DataFrame({"objective": "a", "side": sides, "tokens": tokens})
+    scatter = charts.pair_scatter(many, before="1 a", after="2 b", caption="n = 10000.")
+    histogram = charts.token_lengths(lengths, objectives=["a"], caption="n = 20000.")
+    for chart, column, total in ((scatter, "pairs", 10_000), (histogram, "size", 20_000)):
         spec = chart.to_dict()  # Altair refuses more than 5,000 rows here
         assert total in [sum(row.get(column, 0) for row in rows) for rows in spec["datasets"].values()]
         assert charts.static_bundle(spec)[0]["image/svg+xml"].startswith("<svg")
 
 
 def test_pairs_that_stand_alone_stay_where_they_are():
-    changes = pd.DataFrame({"before": [-1.0, 0.3, 2.0], "after": [0.5, -0.7, 1.1], "reordered": ["gained", "lost", "same"]})
-    (dots,) = [d for d in charts.pair_scatter(changes, before="a", after="b", caption="n = 3.").to_dict()["datasets"].values() if "pairs" in d[0]]
-    assert sorted((d["before"], d["after"], d["pairs"]) for d in dots) == [(-1.0, 0.5, 1), (0.3, -0.7, 1), (2.0, 1.1, 1)]
+    ends = {"before": [-1.0, 0.3, 2.0], "after": [0.5, -0.7, 1.1]}
+    table = pd.DataFrame(ends | {"reordered": ["gained", "lost", "same"]})
+    spec = charts.pair_scatter(table, before="a", after="b", caption="n = 3.").to_dict()
+    (dots,) = [rows for rows in spec["datasets"].values() if "pairs" in rows[0]]
+    found = sorted((dot["before"], dot["after"], dot["pairs"]) for dot in dots)
+    assert found == [(-1.0, 0.5, 1), (0.3, -0.7, 1), (2.0, 1.1, 1)]

@@ -4,32 +4,41 @@ import pytest
 from scipy import stats
 
 from seqdpo_utils import metrics
-from seqdpo_utils.paths import StudyError
+from seqdpo_utils.chains import Chain
+from seqdpo_utils.errors import StudyError
 
 RNG = np.random.default_rng
 
 
-def records(*logps: tuple[float, float], checkpoint: str = "base", objective: str = "a", tokens: tuple[int, int] = (2, 4)) -> pd.DataFrame:
+def records(
+    *logps: tuple[float, float],
+    checkpoint: str = "base",
+    objective: str = "a",
+    tokens: tuple[int, int] = (2, 4),
+    prompts: list[str] | None = None,
+) -> pd.DataFrame:
     names = [f"p{i}" for i in range(len(logps))]
-    return pd.DataFrame({
-        "pair_id": names, "prompt_id": names, "objective": objective, "split": "eval", "checkpoint": checkpoint, "chosen_logp": [w for w, _ in logps],
-        "rejected_logp": [rejected for _, rejected in logps], "chosen_tokens": tokens[0], "rejected_tokens": tokens[1],
-    })  # fmt: skip
+    place = {"objective": objective, "split": "eval", "checkpoint": checkpoint}
+    sums = {"chosen_logp": [w for w, _ in logps], "rejected_logp": [rejected for _, rejected in logps]}
+    counts = {"chosen_tokens": tokens[0], "rejected_tokens": tokens[1]}
+    return pd.DataFrame({"pair_id": names, "prompt_id": prompts or names} | place | sums | counts)
 
 
 BASE = records((-10.0, -10.0), (-20.0, -12.0), (-5.0, -5.0))
-AFTER = records((-8.0, -11.0), (-21.0, -12.0), (-4.0, -4.0), checkpoint="stage1")
+AFTER = records((-8.0, -11.0), (-21.0, -12.0), (-4.0, -4.0), checkpoint="a")
 
 
 def test_margin_loss_and_wins_by_hand():
     margin = metrics.dpo_margin(AFTER, BASE, beta=0.3)
     assert margin.tolist() == pytest.approx([0.9, -0.3, 0.0])
-    assert metrics.dpo_loss(margin).tolist() == pytest.approx([np.log(1 + np.exp(-0.9)), np.log(1 + np.exp(0.3)), np.log(2)])
+    losses = [np.log(1 + np.exp(-0.9)), np.log(1 + np.exp(0.3)), np.log(2)]
+    assert metrics.dpo_loss(margin).tolist() == pytest.approx(losses)
     assert metrics.relative_wins(margin).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_policy_margin_by_hand():
-    assert metrics.policy_margin(AFTER).tolist() == pytest.approx([-8 / 2 + 11 / 4, -21 / 2 + 12 / 4, -4 / 2 + 4 / 4])
+    by_hand = [-8 / 2 + 11 / 4, -21 / 2 + 12 / 4, -4 / 2 + 4 / 4]
+    assert metrics.policy_margin(AFTER).tolist() == pytest.approx(by_hand)
 
 
 def test_margin_is_exactly_zero_at_the_base_and_flips_with_the_labels():
@@ -46,92 +55,239 @@ def test_margin_finds_its_reference_by_pair_not_by_place():
 
 
 def test_relative_accuracy_is_undefined_at_the_base():
-    matrix = metrics.stage_matrix(metrics.pair_measures(pd.concat([BASE, AFTER]), beta=0.3), resamples=200, rng=RNG(0)).set_index("checkpoint")
-    assert pd.isna(matrix.loc["base", "relative_accuracy"]) and matrix.loc["stage1", "relative_accuracy"] == 0.5
+    measures = metrics.pair_measures(pd.concat([BASE, AFTER]), beta=0.3)
+    matrix = metrics.stage_matrix(measures, resamples=200, rng=RNG(0)).set_index("checkpoint")
+    assert pd.isna(matrix.loc["base", "relative_accuracy"]) and matrix.loc["a", "relative_accuracy"] == 0.5
     assert matrix.loc["base", ["margin", "margin_low", "margin_high"]].tolist() == [0, 0, 0]
-    assert matrix.loc["stage1", "margin"] == pytest.approx(0.2)
-    assert matrix.loc["stage1", ["n_pairs", "n_prompts"]].tolist() == [3, 3]
+    assert matrix.loc["a", "margin"] == pytest.approx(0.2)
+    assert matrix.loc["a", "policy_accuracy"] == 0 and matrix.loc["base", "policy_accuracy"] == 0
+    assert matrix.loc["a", ["n_pairs", "n_prompts"]].tolist() == [3, 3]
+
+
+def test_training_pairs_stay_out_of_the_matrix_and_prompts_are_counted_once():
+    seen = pd.concat([BASE, AFTER]).assign(split=["eval", "eval", "train"] * 2, prompt_id="q")
+    measures = metrics.pair_measures(seen, beta=0.3)
+    row = metrics.stage_matrix(measures, resamples=100, rng=RNG(0)).set_index("checkpoint").loc["a"]
+    assert row["margin"] == pytest.approx(0.3) and row[["n_pairs", "n_prompts"]].tolist() == [2, 1]
+    assert list(metrics.wide_margins(measures, "a").index) == ["p0", "p1"]
 
 
 def test_the_bootstrap_agrees_with_scipys_when_every_prompt_has_one_pair():
     values = RNG(1).normal(size=(60, 1))
-    ours = metrics.interval(metrics.resampled_means(values, [str(i) for i in range(60)], resamples=20000, rng=RNG(0))[:, 0])
-    theirs = stats.bootstrap((values[:, 0],), np.mean, method="percentile", n_resamples=20000, rng=RNG(0)).confidence_interval
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    draws = metrics.resampled_means(values, [str(i) for i in range(60)], resamples=20000, rng=RNG(0))
+    options = {"method": "percentile", "n_resamples": 20000, "rng": RNG(0)}
+    theirs = stats.bootstrap((values[:, 0],), np.mean, **options).confidence_interval
+    assert metrics.interval(draws[:, 0]) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
 def test_prompts_are_resampled_whole():
     """Ten copies of a pair are one prompt, not ten witnesses."""
     values = RNG(2).normal(size=(20, 1))
-    once = metrics.resampled_means(values, list(range(20)), resamples=4000, rng=RNG(0)).std()
-    copies = metrics.resampled_means(np.repeat(values, 10, axis=0), np.repeat(range(20), 10), resamples=4000, rng=RNG(0)).std()
-    naive = metrics.resampled_means(np.repeat(values, 10, axis=0), range(200), resamples=4000, rng=RNG(0)).std()
+    tenfold, owners = np.repeat(values, 10, axis=0), np.repeat(range(20), 10)
+    once, copies, naive = (
+        metrics.resampled_means(table, prompts, resamples=4000, rng=RNG(0)).std()
+        for table, prompts in ((values, range(20)), (tenfold, owners), (tenfold, range(200)))
+    )
     assert copies == pytest.approx(once, rel=1e-6) and naive < 0.5 * once
 
 
 def test_columns_of_one_draw_share_their_prompts_and_the_generator_rules():
     values = np.stack([np.arange(10.0), np.arange(10.0) + 3], axis=1)
-    draws = metrics.resampled_means(values, range(10), resamples=50, rng=RNG(0))
+    draws, again, other = (
+        metrics.resampled_means(values, range(10), resamples=50, rng=RNG(seed)) for seed in (0, 0, 1)
+    )
     assert np.allclose(draws[:, 1] - draws[:, 0], 3)
-    again, other = (metrics.resampled_means(values, range(10), resamples=50, rng=RNG(s)) for s in (0, 1))
     assert np.array_equal(draws, again) and not np.array_equal(draws, other)
 
 
-def chain(first: tuple[float, float, float], second: tuple[float, float, float], *, spread: float = 0.1, pairs: int = 50) -> pd.DataFrame:
-    """Measures of a two-stage chain with given mean margins of two objectives at base, stage 1 and stage 2 (beta 1)."""
+def planted(
+    chain: str, means: dict[str, list[float]], *, spread: float = 0.1, pairs: int = 48
+) -> pd.DataFrame:
+    """Measures of a chain with given mean margins, one number a checkpoint; beta 1, three pairs a prompt."""
     noise = RNG(0).normal(0, spread, pairs)
     noise -= noise.mean()
-    parts = [
-        records(*[(m + (n if k else 0.0), 0.0) for n in noise], checkpoint=name, objective=objective)
-        for objective, means in (("a", first), ("b", second)) for k, (name, m) in enumerate(zip(("base", "stage1", "stage2"), means, strict=True))
-    ]  # fmt: skip
+    prompts = [f"q{i // 3}" for i in range(pairs)]
+    parts = []
+    for objective, margins in means.items():
+        for name, mean in zip(Chain.parse(chain).checkpoints, margins, strict=True):
+            logps = [(mean + (0.0 if name == "base" else n), 0.0) for n in noise]
+            parts.append(records(*logps, checkpoint=name, objective=objective, prompts=prompts))
     return metrics.pair_measures(pd.concat(parts, ignore_index=True), beta=1.0)
 
 
+def transfer(chain: str, means: dict[str, list[float]], **options: float) -> pd.DataFrame:
+    """The transfer table of a planted chain, by objective, checkpoint and quantity."""
+    measures = planted(chain, means, **options)
+    table = metrics.transfer(measures, Chain.parse(chain), list(means), resamples=300, rng=RNG(0))
+    return table.set_index(["objective", "checkpoint", "quantity"])
+
+
+def values(table: pd.DataFrame) -> dict[tuple[str, str, str], float]:
+    return {key: round(value, 9) for key, value in table["value"].items()}
+
+
 def test_transfer_by_hand():
-    table = metrics.transfer(chain((0, 2.0, 1.0), (0, 0.5, 3.0)), ["a", "b"], resamples=500, rng=RNG(0)).set_index(["objective", "quantity"])["value"]
-    assert table["a", "learned"] == pytest.approx(2.0)
-    assert table["a", "backward transfer"] == pytest.approx(-1.0)
-    assert table["a", "forgetting"] == pytest.approx(1.0)
-    assert table["a", "retention"] == pytest.approx(0.5)
-    assert table["b", "learned"] == pytest.approx(2.5)
-    assert table["b", "forward transfer"] == pytest.approx(0.5)
-    assert ("b", "retention") not in table.index and ("a", "forward transfer") not in table.index
+    table = transfer("a-then-b", {"a": [0, 2.0, 1.0], "b": [0, 0.5, 3.0]})
+    assert values(table) == {
+        ("a", "a", "learned"): 2.0,
+        ("a", "a", "backward transfer"): -1.0,
+        ("a", "a", "forgetting"): 1.0,
+        ("a", "a", "retention"): 0.5,
+        ("b", "a-then-b", "learned"): 2.5,
+        ("b", "a-then-b", "forward transfer"): 0.5,
+    }
+    assert table["stage"].to_dict() == {key: key[0] for key in table.index}
+    assert (table["low"] <= table["value"] + 1e-9).all() and (table["value"] <= table["high"] + 1e-9).all()
+
+
+def test_transfer_through_three_stages_by_hand():
+    means = {"a": [0, 2.0, 3.0, 0.5], "b": [0, -0.5, 1.5, 1.0], "c": [0, 0.25, 0.75, 4.0]}
+    table = transfer("a-then-b.half-then-c", means)
+    end = "a-then-b.half-then-c"
+    assert values(table) == {
+        ("a", "a", "learned"): 2.0,
+        ("a", "a", "backward transfer"): -1.5,
+        ("a", "a", "forgetting"): 2.5,
+        ("a", "a", "retention"): 0.25,
+        ("b", "a-then-b.half", "learned"): 2.0,
+        ("b", "a-then-b.half", "forward transfer"): -0.5,
+        ("b", "a-then-b.half", "backward transfer"): -0.5,
+        ("b", "a-then-b.half", "forgetting"): 0.5,
+        ("b", "a-then-b.half", "retention"): pytest.approx(2 / 3, abs=1e-8),
+        ("c", end, "learned"): 3.25,
+        ("c", end, "forward transfer"): 0.75,
+    }
+    assert set(table.loc["b", "stage"]) == {"b.half"}
+
+
+def test_an_objective_trained_twice_has_rows_for_both_trainings_but_is_new_once():
+    table = transfer("a-then-b-then-a", {"a": [0, 2.0, 0.5, 3.0], "b": [0, 0.1, 1.0, 0.4]})
+    assert values(table.loc[["a"]]) == {
+        ("a", "a", "learned"): 2.0,
+        ("a", "a", "backward transfer"): 1.0,
+        ("a", "a", "forgetting"): -1.0,
+        ("a", "a", "retention"): 1.5,
+        ("a", "a-then-b-then-a", "learned"): 2.5,
+    }
+    assert set(table.loc["a", "stage"]) == {"a"}
+
+
+def test_a_joint_stage_trains_each_of_its_objectives():
+    table = transfer("a+b-then-c", {"a": [0, 2.0, 1.0], "b": [0, 1.0, 3.0], "c": [0, 0.5, 0.7]})
+    found = values(table)
+    assert found["a", "a+b", "learned"] == 2.0 and found["b", "a+b", "learned"] == 1.0
+    assert found["a", "a+b", "retention"] == 0.5 and found["b", "a+b", "retention"] == 3.0
+    assert found["c", "a+b-then-c", "forward transfer"] == 0.5
+    assert table.loc[("b", "a+b", "learned"), "stage"] == "a+b"
+    assert not any(name == "forward transfer" for _, checkpoint, name in found if checkpoint == "a+b")
+
+
+def test_one_stage_learns_and_what_it_does_not_train_has_one_row():
+    table = transfer("a", {"a": [0, 2.0], "b": [0, -0.25]})
+    assert values(table) == {("a", "a", "learned"): 2.0, ("b", "a", "forward transfer"): -0.25}
+    row = table.loc[("b", "a", "forward transfer")]
+    assert (row["stage"], row["note"]) == ("", "never trained") and row["low"] <= -0.25 <= row["high"]
+    later = transfer("a-then-a", {"a": [0, 2.0, 2.5], "b": [0, 0.25, 0.75]})
+    assert values(later.loc[["b"]]) == {("b", "a-then-a", "forward transfer"): 0.75}
+
+
+def test_what_was_never_gained_is_not_forgotten():
+    """The base, at zero, is no best that training lost."""
+    table = transfer("a-then-b", {"a": [0, -2.0, -1.0], "b": [0, 0, 1]})
+    assert table.loc[("a", "a", "learned"), "value"] == pytest.approx(-2.0)
+    assert table.loc[("a", "a", "forgetting"), "value"] == pytest.approx(-1.0)
+
+
+def test_the_intervals_of_transfer_resample_prompts_and_pair_their_checkpoints():
+    """All pairs lose exactly 1, whatever their level: the loss has no width, the gain that of 16 prompts."""
+    measures = planted("a-then-b", {"a": [0, 2.0, 1.0], "b": [0, 0, 1]}, spread=0.5)
+    both = (Chain.parse("a-then-b"), ["a", "b"])
+    table = metrics.transfer(measures, *both, resamples=2000, rng=RNG(0)).set_index(["objective", "quantity"])
+    assert table.loc[("a", "backward transfer"), ["low", "high"]].tolist() == pytest.approx([-1.0, -1.0])
+    wide = metrics.wide_margins(measures, "a")
+    of_prompts = wide.groupby("prompt_id")["a"].mean().std() / np.sqrt(wide["prompt_id"].nunique())
+    gain = table.loc[("a", "learned")]
+    assert (gain["high"] - gain["low"]) / (2 * 1.96) == pytest.approx(of_prompts, rel=0.12)
 
 
 def test_retention_of_what_was_not_learned_is_undefined_with_a_reason():
-    table = metrics.transfer(chain((0, 0.01, 1.0), (0, 0, 1), spread=1.0), ["a", "b"], resamples=500, rng=RNG(0))
-    row = table[table["quantity"] == "retention"].iloc[0]
+    table = transfer("a-then-b", {"a": [0, 0.01, 1.0], "b": [0, 0, 1]}, spread=1.0)
+    row = table.loc[("a", "a", "retention")]
     assert pd.isna(row["value"]) and "stage 1 did not learn" in row["note"]
     assert metrics.outcome(row["low"], row["high"]) == metrics.UNDEFINED
+    third = transfer("c-then-a-then-b", {"a": [0, 0, 0.01, 1.0]}, spread=1.0)
+    assert "stage 2 did not learn" in third.loc[("a", "c-then-a", "retention"), "note"]
 
 
 @pytest.mark.parametrize(
     ("low", "high", "name"),
-    [(1.2, 1.5, "positive transfer"), (0.95, 1.05, "stable"), (0.2, 0.7, "partial degradation"), (-0.5, -0.1, "reversal"), (0.5, 1.2, "undecided"),
-     (-0.1, 0.4, "undecided"), (1.05, 1.3, "undecided"), (None, None, metrics.UNDEFINED)],
-)  # fmt: skip
+    [
+        (1.2, 1.5, "positive transfer"),
+        (0.95, 1.05, "stable"),
+        (0.2, 0.7, "partial degradation"),
+        (-0.5, -0.1, "reversal"),
+        (0.5, 1.2, "undecided"),
+        (-0.1, 0.4, "undecided"),
+        (1.05, 1.3, "undecided"),
+        (None, None, metrics.UNDEFINED),
+        (pd.NA, pd.NA, metrics.UNDEFINED),
+    ],
+)
 def test_the_outcome_rule(low, high, name):
     assert metrics.outcome(low, high) == name
 
 
+def test_stable_is_redistribution_when_more_pairs_changed_sides_than_two_seeds_explain():
+    assert metrics.outcome(0.95, 1.05, excess_churn_low=0.02) == "redistribution"
+    assert metrics.outcome(0.95, 1.05, excess_churn_low=-0.02) == "stable"
+    assert metrics.outcome(0.95, 1.05, excess_churn_low=pd.NA) == "stable"
+    assert metrics.outcome(0.2, 0.7, excess_churn_low=0.5) == "partial degradation"
+
+
+def test_a_gain_has_three_readings():
+    assert metrics.gain_in_words(0.1, 0.2) == "was learned"
+    assert "fell" in metrics.gain_in_words(-0.2, -0.1)
+    assert "not shown" in metrics.gain_in_words(-0.1, 0.1)
+
+
 def test_pair_change_by_hand():
-    stage2 = records((-8.0, -11.0), (-5.0, -12.0), (-9.0, -4.0), checkpoint="stage2")
-    changes = metrics.pair_change(metrics.pair_measures(pd.concat([BASE, AFTER, stage2]), beta=0.3), "a", before="stage1", after="stage2")
+    end = records((-8.0, -11.0), (-5.0, -12.0), (-9.0, -4.0), checkpoint="a-then-b")
+    measures = metrics.pair_measures(pd.concat([BASE, AFTER, end]), beta=0.3)
+    changes = metrics.pair_change(measures, "a", before="a", after="a-then-b")
     assert changes["change"].tolist() == pytest.approx([0.0, 8.0, -2.5])
+    assert changes["base"].tolist() == pytest.approx([-2.5, -7.0, -1.25])
     assert changes["effect"].tolist() == ["unchanged", "helped", "harmed"]
     assert changes["reordered"].tolist() == ["same", "gained", "same"]
+    assert set(changes["objective"]) == {"a"}
     assert metrics.churn(changes["before"], changes["after"]) == pytest.approx(1 / 3)
+    back = metrics.pair_change(measures, "a", before="a-then-b", after="a")
+    assert back["reordered"].tolist() == ["same", "lost", "same"]
+
+
+def test_pair_change_from_the_base():
+    measures = metrics.pair_measures(pd.concat([BASE, AFTER]), beta=0.3)
+    changes = metrics.pair_change(measures, "a", before="base", after="a")
+    assert (changes["before"] == changes["base"]).all()
+    assert changes["change"].tolist() == pytest.approx([1.25, -0.5, 0.25])
 
 
 def test_quartiles_are_equal_groups_in_the_order_of_the_key():
     changes = pd.DataFrame({"prompt_id": range(10), "change": np.arange(10.0)})
     table = metrics.quartiles(changes, -changes["change"], resamples=200, rng=RNG(0))
+    assert table["quartile"].tolist() == [1, 2, 3, 4]
     assert table["n_pairs"].tolist() == [3, 3, 2, 2]
     assert table["change"].tolist() == pytest.approx([8.0, 5.0, 2.5, 0.5])
-    assert ((table["change_low"] <= table["change"]) & (table["change"] <= table["change_high"])).all()
-    with pytest.raises(StudyError, match="3 held-out pairs"):
-        metrics.quartiles(changes.head(3), changes["change"].head(3), resamples=200, rng=RNG(0))
+    assert (table["change_low"] <= table["change"]).all() and (table["change"] <= table["change_high"]).all()
+    for cut in (metrics.quartiles, metrics.highest_minus_lowest):
+        with pytest.raises(StudyError, match="3 held-out pairs"):
+            cut(changes.head(3), changes["change"].head(3), resamples=200, rng=RNG(0))
+
+
+def test_quartiles_resample_prompts():
+    """Two prompts of five pairs each: every quartile has the width of its prompts, not that of its pairs."""
+    changes = pd.DataFrame({"prompt_id": [0, 1] * 10, "change": [0.0, 1.0] * 10})
+    table = metrics.quartiles(changes, pd.Series(range(20)), resamples=400, rng=RNG(0))
+    assert (table["change_low"] == 0).all() and (table["change_high"] == 1).all()
 
 
 def test_highest_minus_lowest_by_hand_and_regression_to_the_mean_without_any_training():
@@ -142,18 +298,7 @@ def test_highest_minus_lowest_by_hand_and_regression_to_the_mean_without_any_tra
     truth, noise = RNG(0).normal(size=4000), RNG(1).normal(size=(3, 4000))
     own, after, other = (pd.Series(truth + n) for n in noise)
     drift = pd.DataFrame({"prompt_id": range(4000), "change": after - own})
-    assert metrics.highest_minus_lowest(drift, own, resamples=200, rng=RNG(0))["difference_high"] < -0.5
+    regressed = metrics.highest_minus_lowest(drift, own, resamples=200, rng=RNG(0))
+    assert regressed["difference_high"] < -0.5
     crossed = metrics.highest_minus_lowest(drift, other, resamples=200, rng=RNG(0))
     assert crossed["difference_low"] < 0 < crossed["difference_high"]
-
-
-def test_stable_is_redistribution_when_more_pairs_changed_sides_than_two_seeds_explain():
-    assert metrics.outcome(0.95, 1.05, excess_churn_low=0.02) == "redistribution"
-    assert metrics.outcome(0.95, 1.05, excess_churn_low=-0.02) == "stable"
-    assert metrics.outcome(0.2, 0.7, excess_churn_low=0.5) == "partial degradation"
-
-
-def test_a_gain_has_three_readings():
-    assert metrics.gain_in_words(0.1, 0.2) == "was learned"
-    assert "fell" in metrics.gain_in_words(-0.2, -0.1)
-    assert "not shown" in metrics.gain_in_words(-0.1, 0.1)

@@ -3,112 +3,72 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import random_pairs
-from peft import get_peft_model
 from scipy import stats
 
-from seqdpo_utils import divergence, metrics, models, rivals, scoring
+from seqdpo_utils import metrics, rivals
+
+ONE, TWO = "a", "a-then-b"
 
 
-def records(**logps) -> pd.DataFrame:
+def records(**logps: tuple[list[float], list[float]]) -> pd.DataFrame:
     """Four pairs on three prompts; for each checkpoint the chosen and the rejected sums."""
-    pairs = {
-        "pair_id": list("wxyz"),
-        "prompt_id": ["p", "p", "q", "r"],
-        "objective": "a",
-        "split": "eval",
-        "chosen_tokens": [4, 2, 6, 3],
-        "rejected_tokens": [2, 4, 3, 3],
-    }
-    return pd.concat([pd.DataFrame(pairs | {"checkpoint": name, "chosen_logp": c, "rejected_logp": r}) for name, (c, r) in logps.items()], ignore_index=True)
+    pairs = pd.DataFrame(
+        {"pair_id": list("wxyz"), "prompt_id": list("ppqr"), "objective": "a", "split": "eval"}
+    )
+    pairs = pairs.assign(chosen_tokens=[4, 2, 6, 3], rejected_tokens=[2, 4, 3, 3])
+    at = [pairs.assign(checkpoint=name, chosen_logp=c, rejected_logp=r) for name, (c, r) in logps.items()]
+    return pd.concat(at, ignore_index=True)
+
+
+BEFORE = [-4.0] * 4, [-4.0] * 4
+AFTER_ONE = [-5.0, -5, -5, -3], [-6.0, -3, -8, -9]
+AFTER_TWO = [-4.0] * 4, [-6.0, -3, -8, -9]
+
+
+def moves(table: pd.DataFrame) -> pd.DataFrame:
+    found = rivals.displacement(table, resamples=500, rng=np.random.default_rng(0))
+    return found.set_index(["from_checkpoint", "to_checkpoint"])
 
 
 def test_displacement_by_hand():
-    table = records(base=([-4.0] * 4, [-4.0] * 4), stage1=([-5.0, -5, -5, -3], [-6.0, -3, -8, -9]), stage2=([-4.0] * 4, [-6.0, -3, -8, -9]))
-    found = rivals.displacement(table, resamples=500, rng=np.random.default_rng(0)).set_index(["from_checkpoint", "to_checkpoint"])
-    assert list(found.index) == [("base", "stage1"), ("base", "stage2"), ("stage1", "stage2")]
-    assert found.loc[("base", "stage1"), ["chosen", "rejected", "both_fell"]].tolist() == [-0.5, -2.5, 0.5]
-    assert found.loc[("base", "stage2"), ["chosen", "both_fell"]].tolist() == [0.0, 0.0]
-    assert found.loc[("stage1", "stage2"), ["chosen", "rejected", "both_fell"]].tolist() == [0.5, 0.0, 0.0]
+    found = moves(records(base=BEFORE, **{ONE: AFTER_ONE, TWO: AFTER_TWO}))
+    assert list(found.index) == [("base", ONE), ("base", TWO), (ONE, TWO)]
+    assert found.loc[("base", ONE), ["chosen", "rejected", "both_fell"]].tolist() == [-0.5, -2.5, 0.5]
+    assert found.loc[("base", TWO), ["chosen", "both_fell"]].tolist() == [0.0, 0.0]
+    assert found.loc[(ONE, TWO), ["chosen", "rejected", "both_fell"]].tolist() == [0.5, 0.0, 0.0]
     assert found[["n_pairs", "n_prompts"]].drop_duplicates().to_numpy().tolist() == [[4, 3]]
-    assert (found["rejected_low"] <= found["rejected"]).all() and (found["rejected"] <= found["rejected_high"]).all()
-    assert found.loc[("base", "stage1"), "chosen_low"] < found.loc[("base", "stage1"), "chosen_high"]
+    assert (found["rejected_low"] <= found["rejected"]).all()
+    assert (found["rejected"] <= found["rejected_high"]).all()
+    assert found.loc[("base", ONE), "chosen_low"] < found.loc[("base", ONE), "chosen_high"]
 
 
-@pytest.fixture
-def policy(base, parameters):
-    """The tiny model under an adapter that was moved away from the base."""
-    model = get_peft_model(base, models.lora_config(parameters)).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(0, 0.2, generator=generator)
-    return model
+def test_displacement_of_one_stage_and_of_three():
+    """Every stage against the base, then each stage against the one before."""
+    assert list(moves(records(base=BEFORE, **{ONE: AFTER_ONE})).index) == [("base", ONE)]
+    again = f"{TWO}-then-a"
+    found = moves(records(base=BEFORE, **{ONE: AFTER_ONE, TWO: AFTER_TWO, again: AFTER_ONE}))
+    assert list(found.index) == [("base", ONE), ("base", TWO), ("base", again), (ONE, TWO), (TWO, again)]
+    assert found.loc[(TWO, again), "chosen"] == -0.5
 
 
-def by_hand(model, prompt, completion) -> float:
-    """Both full distributions of one unpadded sequence, in double precision."""
-    with torch.no_grad():
-        ids = torch.tensor([[*prompt, *completion]])
-        policy = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1].double(), 1)
-        with model.disable_adapter():
-            base = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1].double(), 1)
-    return float((policy.exp() * (policy - base)).sum(1).mean())
-
-
-def pairs_and_names(count: int):
-    names = [f"pair{i}" for i in range(count)]
-    return random_pairs(count), pd.DataFrame({"pair_id": names, "prompt_id": names, "objective": "a"})
-
-
-@pytest.mark.parametrize("chunk", [1, 128])
-def test_divergence_equals_brute_force(policy, monkeypatch, chunk):
-    monkeypatch.setattr(divergence, "KL_ROWS", chunk)
-    encoded, pairs = pairs_and_names(4)
-    table = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")
-    expected = [by_hand(policy, pair.prompt, answer) for pair in encoded for answer in (pair.chosen, pair.rejected)]
-    assert table["kl"].tolist() == pytest.approx(expected, rel=1e-4)
-    assert table["kl"].min() > 0.01
-    assert table["tokens"].tolist() == [len(answer) for pair in encoded for answer in (pair.chosen, pair.rejected)]
-    assert table["side"].tolist() == ["chosen", "rejected"] * 4
-
-
-def test_divergence_of_a_model_that_ignores_the_mask_is_taken_one_answer_at_a_time(policy, monkeypatch):
-    encoded, pairs = pairs_and_names(3)
-    together = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
-    rows = []
-    monkeypatch.setattr(divergence, "distrust", lambda *_: "deaf")
-    monkeypatch.setattr(divergence, "pack_rows", lambda given: rows.extend(given) or scoring.pack_rows(given))
-    alone = divergence.base_divergence(policy, pairs, encoded, checkpoint="stage1")["kl"]
-    assert [len(row.completions) for row in rows] == [1] * 6
-    assert np.allclose(together, alone, rtol=1e-4)
-
-
-def test_the_same_two_answers_under_two_objectives_are_computed_once(policy, monkeypatch):
-    encoded, pairs = pairs_and_names(3)
-    swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in encoded]
-    rows = []
-    monkeypatch.setattr(divergence, "pack_rows", lambda given: rows.extend(given) or scoring.pack_rows(given))
-    both = divergence.base_divergence(policy, pd.concat([pairs, pairs.assign(objective="b")]), encoded + swapped, checkpoint="stage1")
-    assert len(rows) == 3
-    values = both.set_index(["objective", "pair_id", "side"])["kl"]
-    assert all(values["a", name, "chosen"] == values["b", name, "rejected"] for name in pairs["pair_id"])
-
-
-def test_an_adapter_that_did_not_move_has_no_divergence(base, parameters):
-    encoded, pairs = pairs_and_names(2)
-    model = get_peft_model(base, models.lora_config(parameters)).eval()
-    table = divergence.base_divergence(model, pairs, encoded, checkpoint="stage0")
-    assert table["kl"].abs().max() < 1e-9
-    assert divergence.base_divergence(model, pairs.head(0), [], checkpoint="stage0").empty
+def test_prompts_are_resampled_with_all_their_pairs():
+    """Two prompts of two pairs each: a draw holds a prompt's pairs together, so only three means occur."""
+    table = records(base=BEFORE, **{ONE: ([-3.0, -5.0, 2.0, 4.0], [-4.0] * 4)}).assign(
+        prompt_id=list("ppqq") * 2
+    )
+    row = moves(table).loc[("base", ONE)]
+    assert [row["chosen_low"], row["chosen"], row["chosen_high"]] == pytest.approx([0.0, 3.5, 7.0])
 
 
 def test_divergences_are_averaged_with_an_interval_over_prompts():
-    table = pd.DataFrame({"pair_id": list("wwxx"), "prompt_id": list("ppqq"), "objective": "a", "checkpoint": "stage1", "kl": [0.1, 0.3, 0.4, 0.8]})
-    (row,) = rivals.divergence_table(table, resamples=500, rng=np.random.default_rng(0)).to_dict("records")
-    assert (row["n_pairs"], row["kl"], row["kl_low"], row["kl_high"]) == (2, pytest.approx(0.4), pytest.approx(0.2), pytest.approx(0.6))
-    assert rivals.divergence_table(table.head(0), resamples=100, rng=np.random.default_rng(0)).empty
+    table = pd.DataFrame({"pair_id": list("wwxx"), "prompt_id": list("ppqq"), "kl": [0.1, 0.3, 0.4, 0.8]})
+    table = table.assign(objective="a", checkpoint=ONE)
+    found = rivals.divergence_table(table, resamples=500, rng=np.random.default_rng(0))
+    (row,) = found.to_dict("records")
+    assert row["n_pairs"] == 2
+    assert [row["kl_low"], row["kl"], row["kl_high"]] == pytest.approx([0.2, 0.4, 0.6])
+    nothing = rivals.divergence_table(table.head(0), resamples=100, rng=np.random.default_rng(0))
+    assert nothing.empty and list(nothing.columns) == list(found.columns)
 
 
 def planted(effect: float, *, pairs: int = 120) -> pd.DataFrame:
@@ -116,26 +76,28 @@ def planted(effect: float, *, pairs: int = 120) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     chosen, rejected = rng.integers(2, 40, (2, pairs))
     names = [f"i{k}" for k in range(pairs)]
-    parts = []
-    for name, move in (("base", 0.0), ("stage1", 0.0), ("stage2", effect * (chosen - rejected) + rng.normal(size=pairs))):
-        data = {
-            "pair_id": names,
-            "prompt_id": names,
-            "objective": "a",
-            "split": "eval",
-            "checkpoint": name,
-            "chosen_tokens": chosen,
-            "rejected_tokens": rejected,
-        }
-        parts.append(pd.DataFrame(data | {"chosen_logp": -10.0 + move * chosen, "rejected_logp": -10.0}))
-    return metrics.pair_measures(pd.concat(parts, ignore_index=True), beta=0.3)
+    table = pd.DataFrame(
+        {"pair_id": names, "prompt_id": names, "chosen_tokens": chosen, "rejected_tokens": rejected}
+    )
+    table = table.assign(objective="a", split="eval", rejected_logp=-10.0)
+    margins = {"base": 0.0, ONE: 0.0, TWO: effect * (chosen - rejected) + rng.normal(size=pairs)}
+    at = [table.assign(checkpoint=name, chosen_logp=-10.0 + move * chosen) for name, move in margins.items()]
+    return metrics.pair_measures(pd.concat(at, ignore_index=True), beta=0.3)
+
+
+def by_length(measures: pd.DataFrame, *, before: str = ONE, after: str = TWO, resamples: int = 300) -> dict:
+    rng = np.random.default_rng(1)
+    (row,) = rivals.length_as_predictor(
+        measures, before=before, after=after, resamples=resamples, rng=rng
+    ).to_dict("records")
+    return row
 
 
 @pytest.mark.parametrize(("effect", "sign"), [(0.5, 1), (-0.5, -1), (0.0, 0)])
 def test_length_foretells_what_was_planted(effect, sign):
     measures = planted(effect)
-    (row,) = rivals.length_as_predictor(measures, before="stage1", after="stage2", resamples=300, rng=np.random.default_rng(1)).to_dict("records")
-    wide = metrics.pair_change(measures, "a", before="stage1", after="stage2").set_index("pair_id")
+    row = by_length(measures)
+    wide = metrics.pair_change(measures, "a", before=ONE, after=TWO).set_index("pair_id")
     lengths = measures[measures["checkpoint"] == "base"].set_index("pair_id").reindex(wide.index)
     longer = lengths["chosen_tokens"] - lengths["rejected_tokens"]
     assert row["spearman"] == pytest.approx(stats.spearmanr(longer, wide["change"]).statistic)
@@ -143,10 +105,17 @@ def test_length_foretells_what_was_planted(effect, sign):
     assert row["longer_chosen"] == pytest.approx(((longer > 0) + 0.5 * (longer == 0)).mean())
     assert row["policy_accuracy"] == pytest.approx((wide["after"] > 0).mean())
     assert row["longer_chosen_low"] < row["longer_chosen"] < row["longer_chosen_high"]
+    assert row["n_pairs"] == 120
+
+
+def test_the_change_runs_between_the_checkpoints_that_are_named():
+    """Nothing happened between the base and the first stage, all of it after."""
+    measures = planted(0.5)
+    assert pd.isna(by_length(measures, before="base", after=ONE, resamples=100)["spearman"])
+    assert by_length(measures, before="base")["spearman"] == by_length(measures)["spearman"]
 
 
 def test_equal_lengths_foretell_nothing():
-    measures = planted(0.5).assign(chosen_tokens=5, rejected_tokens=5)
-    (row,) = rivals.length_as_predictor(measures, before="stage1", after="stage2", resamples=100, rng=np.random.default_rng(1)).to_dict("records")
+    row = by_length(planted(0.5).assign(chosen_tokens=5, rejected_tokens=5), resamples=100)
     assert pd.isna(row["spearman"]) and pd.isna(row["spearman_low"])
     assert row["longer_chosen"] == 0.5

@@ -1,0 +1,539 @@
+"""One stage of a chain: its pairs, its trainer, the proof of its reference, and what it leaves behind.
+
+Loss, optimiser, schedule and logging are TRL's `DPOTrainer`, by way of `measuring.MeasuringDPOTrainer`. Every
+stage trains the adapter of the stage before (the first one the start adapter), and its reference is the base
+model unless a variant says otherwise.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from seqdpo_utils.chains import Chain
+from seqdpo_utils.divergence import base_divergence
+from seqdpo_utils.encoding import EncodedPair
+from seqdpo_utils.errors import StudyError
+from seqdpo_utils.measuring import LookBack, MeasuringDPOTrainer, share_prompts
+from seqdpo_utils.models import (
+    compute_device,
+    fingerprints,
+    hash_files,
+    load_adapter,
+    load_base,
+    lora_config,
+    save_adapter,
+)
+from seqdpo_utils.pairs import encode_table, part_of, replay, shuffle_labels, turn_labels
+from seqdpo_utils.params import SHAPING, Parameters, varied
+from seqdpo_utils.paths import RunPaths, check_trained, read_json, read_table, write_table, write_whole
+from seqdpo_utils.records import records_of, score_files
+from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, Scorer, rounding, sequence_logp
+
+logging.getLogger("trl").setLevel(logging.ERROR)
+
+REFERENCE_CHECKS = 4
+"""Pairs whose reference is recomputed before the first step."""
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints of an unfinished stage."""
+_MEASURED = "measured.json"  # written last, so a checkpoint that has it is whole
+_SUMS = ["chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage trains on and looks back at.
+
+    Attributes:
+        rows: the stage's pairs as token ids, with the base model's sums as reference.
+        reference: these sums as a table, in the same order.
+        earlier: earlier objective to its training pairs, with their own labels and the base model's sums.
+        fingerprints: of data, base model, tokenizer and dtype.
+    """
+
+    rows: Dataset
+    reference: pd.DataFrame
+    earlier: dict[str, Dataset] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_stage(root: Path, run: RunPaths, tokenizer: Any, *, parameters: Parameters) -> StageData:
+    """The pairs of the last stage of a chain, and those of its earlier objectives, from the run's files.
+
+    Raises:
+        StudyError: when the base sums belong to other data, weights, tokens or dtype, an earlier stage was
+            trained with other parameters, or a variant leaves nothing to do.
+    """
+    chain = Chain.parse(run.chain)
+    prints = check_fingerprints(root, run, tokenizer, parameters=parameters)
+    if chain.parent:
+        changes = varied(root, chain.last)
+        check_trained(run.at(chain.parent), dict(parameters), varied=changes)
+    pairs = training_pairs(run, dict(parameters))
+    earlier = {}
+    for objective in chain.earlier:
+        table = with_sums(run, objective)
+        earlier[objective] = training_rows(encode_table(tokenizer, table), table)
+    return StageData(training_rows(encode_table(tokenizer, pairs), pairs), pairs, earlier, prints)
+
+
+def check_fingerprints(
+    root: Path, run: RunPaths, tokenizer: Any, *, parameters: Parameters
+) -> dict[str, str]:
+    """Refuse base sums that were computed for other data, weights, tokens or dtype; return the fingerprints.
+
+    Raises:
+        StudyError: naming what differs.
+    """
+    prepared = read_json(run.preparation)
+    tables = {objective: read_table(run.data(objective)) for objective in prepared["counts"]}
+    now, then = fingerprints(root, tables, tokenizer, parameters=parameters), prepared["fingerprints"]
+    for name in now:
+        if then.get(name) != now[name]:
+            was = f"{name} was {then.get(name)}, now {now[name]}"
+            raise StudyError(f"{run.base_scores} is stale: {was}. Run 01_data_preparation again.")
+    return now
+
+
+def with_sums(run: RunPaths, objective: str) -> pd.DataFrame:
+    """Training pairs of an objective with the base model's sums and token counts beside their texts."""
+    pairs = read_table(run.data(objective)).query("split == 'train'").reset_index(drop=True)
+    return pairs.join(records_of(read_table(run.base_scores), pairs)[_SUMS])
+
+
+def training_pairs(run: RunPaths, shaping: Mapping[str, Any]) -> pd.DataFrame:
+    """The pairs that the last stage of a chain trains on, as it sees them, with the base model's sums.
+
+    The pairs of its objectives are pooled, a share of them is taken, labels are turned, and pairs of earlier
+    stages, as those stages saw them, take the place of some.
+
+    Args:
+        run: the chain.
+        shaping: `seed`, `train_share`, `flipped`, `shuffled_labels` and `replay` of the stage.
+
+    Raises:
+        StudyError: when a share is so small that it changes nothing.
+    """
+    seed, stage = shaping["seed"], Chain.parse(run.chain).last
+    pairs = pd.concat([with_sums(run, objective) for objective in stage.objectives], ignore_index=True)
+    if shaping["train_share"] < 1:
+        pairs = part_of(pairs, share=shaping["train_share"], seed=seed)
+    if shaping["shuffled_labels"]:
+        pairs = shuffle_labels(pairs, seed=seed)
+    elif shaping["flipped"]:
+        pairs = turn_labels(pairs, share=shaping["flipped"], seed=seed)
+    if not shaping.get("replay"):  # a first stage has nothing to replay, and its notebook does not name it
+        return pairs
+    stages_before = [
+        training_pairs(node, read_json(node.manifest)["parameters"]) for node in run.lineage[:-1]
+    ]
+    earlier = pd.concat(stages_before, ignore_index=True).drop_duplicates(["objective", "pair_id"])
+    return replay(pairs, earlier, share=shaping["replay"], seed=seed)
+
+
+def training_rows(encoded: Sequence[EncodedPair], reference: pd.DataFrame) -> Dataset:
+    """The data set of a stage: token ids, and sums of the reference.
+
+    Args:
+        encoded: pairs in the order of `reference`.
+        reference: `chosen_logp`, `rejected_logp`, `chosen_tokens`, `rejected_tokens` of the same pairs.
+
+    Raises:
+        StudyError: when there is no pair, or pairs and sums are not equally many, or token counts differ.
+    """
+    if not encoded:
+        raise StudyError("the training split is empty: lower eval_pairs or give a larger source.")
+    counts = list(zip(reference["chosen_tokens"], reference["rejected_tokens"], strict=True))
+    if counts != [(len(pair.chosen), len(pair.rejected)) for pair in encoded]:
+        raise StudyError(
+            "the cached base scores belong to other tokens than these pairs: "
+            "delete scores/base.parquet and run again."
+        )
+    columns = {
+        f"{part}_ids": [getattr(pair, part) for pair in encoded] for part in ("prompt", "chosen", "rejected")
+    }
+    columns |= {f"ref_{side}_logps": reference[f"{side}_logp"].tolist() for side in ("chosen", "rejected")}
+    return Dataset.from_dict(columns)
+
+
+def dpo_config(parameters: Parameters, *, pairs: int, output_dir: Path) -> DPOConfig:
+    """TRL's configuration for a stage of `pairs` pairs; each stage has a fresh optimiser and schedule.
+
+    Warm-up steps are rounded down: the first of them has learning rate zero, which a stage of few steps
+    cannot spare.
+    """
+    on_cpu = compute_device().type == "cpu"
+    steps = math.ceil(pairs / parameters.pairs_per_step) * parameters.epochs
+    return DPOConfig(
+        output_dir=str(output_dir),
+        beta=parameters.beta,
+        loss_type=parameters.loss_type,
+        loss_weights=parameters.loss_weights,
+        label_smoothing=parameters.label_smoothing,
+        learning_rate=parameters.learning_rate,
+        num_train_epochs=parameters.epochs,
+        per_device_train_batch_size=parameters.pairs_per_device,
+        gradient_accumulation_steps=parameters.pairs_per_step // parameters.pairs_per_device,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(parameters.warmup_ratio * steps),
+        max_grad_norm=parameters.max_grad_norm,
+        max_length=None,  # rows that do not fit were dropped and counted when the data was prepared
+        activation_checkpointing=parameters.activation_checkpointing,
+        precompute_ref_log_probs=True,
+        disable_dropout=parameters.lora_dropout == 0,  # TRL's default would undo lora_dropout without a word
+        seed=parameters.seed,
+        use_cpu=on_cpu,
+        bf16=not on_cpu and parameters.dtype == "bfloat16",
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=1,
+        save_strategy="no",  # `_Checkpoints` says when
+        save_total_limit=2,  # the older one goes when the newer is whole
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _Progress(TrainerCallback):
+    """One line with step, loss and time left, at most every five seconds; keeps the seconds of every step."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+        self.seconds: list[float] = []
+        self.began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        start = {"total": state.max_steps, "initial": state.global_step}
+        self.bar = tqdm(desc=self.label, unit="step", mininterval=5, **start)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs and self.bar is not None:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.monotonic() - self.began)
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+class _Checkpoints(TrainerCallback):
+    """Saves a checkpoint after the last step, and before it at points of the ledger, at most one a minute.
+
+    TRL keeps weights, optimiser and random state; what was measured so far is added here.
+    """
+
+    def __init__(self, trainer: MeasuringDPOTrainer, progress: _Progress) -> None:
+        self.trainer, self.progress = trainer, progress
+        self.saved = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        due = self.trainer.at_ledger_point and time.monotonic() - self.saved >= CHECKPOINT_SECONDS
+        control.should_save = due or control.should_training_stop
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        measured = {"conflict": self.trainer.conflict_records, "ledger": self.trainer.ledger_records}
+        # TRL would count the tokens anew
+        measured |= {"seconds": self.progress.seconds, "tokens": self.trainer._total_train_tokens}
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_whole(
+            folder / _MEASURED, lambda beside: beside.write_text(json.dumps(measured), encoding="utf-8")
+        )
+        self.saved = time.monotonic()
+
+    def restore(self, folder: Path) -> None:
+        """Take up what was measured before the checkpoint in `folder`."""
+        measured = read_json(folder / _MEASURED)
+        self.trainer.conflict_records, self.trainer.ledger_records = measured["conflict"], measured["ledger"]
+        self.progress.seconds, self.trainer._total_train_tokens = measured["seconds"], measured["tokens"]
+
+
+def unfinished_folder(run: RunPaths, *, parameters: Parameters, fingerprints: dict[str, str]) -> Path:
+    """Folder for the checkpoints of a stage that is under way.
+
+    Its name is a hash of all that shapes the stage: parameters, fingerprints, adapter of the stage before,
+        and this
+    package's code. So a run that was killed finds its checkpoints, and one that differs in anything does not;
+    what it finds of others it deletes.
+    """
+    code = hash_files(sorted(Path(__file__).parent.glob("*.py")))
+    previous = read_json(run.previous / "manifest.json")["adapter_sha256"]
+    shaping = json.dumps([dict(parameters), fingerprints, previous, code], sort_keys=True)
+    folder = run.node / ".unfinished" / hashlib.sha256(shaping.encode()).hexdigest()[:16]
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def train(trainer: MeasuringDPOTrainer) -> None:
+    """Train the stage, resuming from its latest whole checkpoint if there is one.
+
+    Weights, log and tables are then those of an undisturbed run.
+    """
+    whole = Path(trainer.args.output_dir).glob(f"checkpoint-*/{_MEASURED}")
+    latest = max(
+        (file.parent for file in whole), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None
+    )
+    if latest:
+        _callback(trainer, _Checkpoints).restore(latest)
+    trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+
+
+def _callback(trainer: DPOTrainer, kind: type) -> Any:
+    return next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind))
+
+
+def stage_trainer(
+    base: PreTrainedModel,
+    tokenizer: Any,
+    data: StageData,
+    *,
+    parameters: Parameters,
+    output_dir: Path,
+    previous: Path | None = None,
+) -> MeasuringDPOTrainer:
+    """A trainer for one stage, with a `scorer` of the policy that it trains.
+
+    The adapter is made on the bare base model and the weights of the stage before are loaded into it AFTER
+    the trainer exists: handed a trained adapter, TRL 1.16 would silently take a copy of it as the reference.
+
+    Args:
+        base: the base model, bare; it is wrapped in place, so load it anew for another stage.
+        tokenizer: for padding.
+        data: from `prepare_stage`.
+        parameters: of the stage.
+        output_dir: where TRL may write, and where `train` looks for checkpoints.
+        previous: adapter folder that the stage begins with; None for a fresh adapter.
+
+    Raises:
+        StudyError: when `previous` does not hold exactly this adapter, or an earlier objective has too few
+            pairs.
+    """
+    look_back = LookBack()
+    if data.earlier:
+        keys = ("conflict_every", "conflict_pairs", "ledger_every", "probe_pairs", "projection")
+        number = parameters.chain.count("-then-") + 1
+        look_back = LookBack(data.earlier, stage=number, **{key: getattr(parameters, key) for key in keys})
+    trainer = MeasuringDPOTrainer(
+        base,
+        args=dpo_config(parameters, pairs=len(data.rows), output_dir=output_dir),
+        train_dataset=data.rows,
+        processing_class=copy.deepcopy(
+            tokenizer
+        ),  # TRL gives one without a pad token an existing token as one
+        peft_config=lora_config(parameters),
+        look_back=look_back,
+    )
+    progress = _Progress(f"stage {look_back.stage}")
+    trainer.add_callback(progress)  # after the measuring callback, whose time belongs to the step
+    trainer.add_callback(_Checkpoints(trainer, progress))
+    trainer.remove_callback(PrinterCallback)
+    if previous is not None:
+        load_adapter(trainer.model, previous)
+    trainer.scorer = Scorer(trainer.model, token_budget=parameters.token_budget)
+    rows = [PromptRow(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in data.rows]
+    if trainer.scorer.fault(rows[:CHECKED_ROWS]) is None:
+        share_prompts(trainer.model.get_base_model())
+    if data.earlier and parameters.reference:
+        sums = trainer.scorer.sums(rows, label="reference of the stage before")
+        trainer.train_dataset = mixed_reference(data.rows, sums, share=parameters.reference)
+    return trainer
+
+
+def begin_stage(
+    root: Path, run: RunPaths, tokenizer: Any, data: StageData, *, parameters: Parameters
+) -> MeasuringDPOTrainer:
+    """A trainer for the last stage of a chain, from the run's files: base model, adapter before, checkpoints.
+
+    Raises:
+        StudyError: as `stage_trainer`, and when the base model cannot be loaded.
+    """
+    base = load_base(
+        root, parameters.base_model, dtype=parameters.dtype, revision=parameters.base_model_revision,
+        attention=parameters.attention, quantization=parameters.quantization,
+    )  # fmt: skip
+    folder = unfinished_folder(run, parameters=parameters, fingerprints=data.fingerprints)
+    options = {"parameters": parameters, "output_dir": folder, "previous": run.previous}
+    return stage_trainer(base, tokenizer, data, **options)
+
+
+def mixed_reference(rows: Dataset, before: Sequence[Sequence[float]], *, share: float) -> Dataset:
+    """The rows with the reference (1 - share) base + share stage before, in log-probabilities.
+
+    At 0 it is the base, at 1 the policy that the stage began with; above 1 it lies beyond.
+
+    Args:
+        rows: from `training_rows`, with the base model's sums.
+        before: sums of chosen and rejected answer under the stage before, row by row, in nats.
+        share: l of the mixture.
+    """
+    for k, side in enumerate(("chosen", "rejected")):
+        name = f"ref_{side}_logps"
+        mixed = [(1 - share) * base + share * sums[k] for base, sums in zip(rows[name], before, strict=True)]
+        rows = rows.remove_columns(name).add_column(name, mixed)
+    return rows
+
+
+def prove_reference(trainer: DPOTrainer, data: StageData, *, share: float = 0.0) -> pd.DataFrame:
+    """Prove before the first step, on a few pairs, that the reference is what it should be.
+
+    The reference that the trainer will use (its columns, or what TRL computes on the fly) is compared with
+    (1 - share) times the model with its adapter off plus share times the model as it is, both computed here
+    one sequence at a time; and the cached sums of the base model with the former. With share 0 the reference
+    is the base.
+
+    Args:
+        trainer: ready to train; its data set holds `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        data: of the stage, with the base model's cached sums.
+        share: `reference` of the stage.
+
+    Returns:
+        One row a completion, in nats: `completion`, `trainer_reference`, `cached_base`, `adapter_off`, and
+            where the
+        reference is a mixture `adapter_on` and `mixture`.
+
+    Raises:
+        StudyError: when two of them differ by more than the rounding of the dtype, naming both.
+    """
+    rows = trainer.train_dataset.select(range(min(REFERENCE_CHECKS, len(trainer.train_dataset))))
+    trainer.model.eval()  # every training step turns it back
+    used = _references_in_use(trainer, rows)
+    checks = []
+    for i, row in enumerate(rows):
+        for k, side in enumerate(("chosen", "rejected")):
+            ids = row["prompt_ids"], row[f"{side}_ids"]
+            with trainer.model.disable_adapter():
+                off = sequence_logp(trainer.model, *ids)
+            cached = float(data.reference[f"{side}_logp"].iloc[i])
+            check = {
+                "completion": f"{side} {i}",
+                "trainer_reference": used[i][k],
+                "cached_base": cached,
+                "adapter_off": off,
+            }
+            if share:
+                on = sequence_logp(trainer.model, *ids)
+                check |= {"adapter_on": on, "mixture": (1 - share) * off + share * on}
+            checks.append(check)
+    table, tolerance = pd.DataFrame(checks), rounding(trainer.model.dtype)
+    stale = "the cached base scores are stale, or a merged adapter changed the weights under the adapter"
+    wrong = "the reference is not the base model, for example a copy of the previous stage's adapter"
+    if share:
+        wrong = f"the reference is not {1 - share:g} times the base plus {share:g} times the stage before"
+    _compare(table, "cached_base", "adapter_off", tolerance=tolerance, meaning=stale)
+    _compare(
+        table, "trainer_reference", "mixture" if share else "adapter_off", tolerance=tolerance, meaning=wrong
+    )
+    return table
+
+
+def _compare(table: pd.DataFrame, name: str, live: str, *, tolerance: float, meaning: str) -> None:
+    """Raise StudyError where two columns differ by more than `tolerance`, relative to sums above one nat."""
+    gap = (table[name] - table[live]).abs().fillna(math.inf) / table[live].abs().clip(
+        lower=1.0
+    )  # a NaN differs
+    worst = table.loc[gap.idxmax()]
+    if not gap.max() <= tolerance:
+        raise StudyError(
+            f"wrong reference: for {worst['completion']} {name} is {worst[name]:.4f} nats, {live} computed "
+            f"now gives {worst[live]:.4f}: {meaning}. Training stopped before its first step."
+        )
+
+
+def _references_in_use(trainer: DPOTrainer, rows: Dataset) -> list[tuple[float, float]]:
+    if trainer.precompute_ref_logps:
+        return list(zip(rows["ref_chosen_logps"], rows["ref_rejected_logps"], strict=True))
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+
+def score_stage(
+    trainer: MeasuringDPOTrainer, run: RunPaths, tokenizer: Any, *, parameters: Parameters
+) -> pd.DataFrame:
+    """Score every objective of the setting with the trained policy and write the stage's per-pair records.
+
+    Returns:
+        The held-out records of the base model and of this stage, one below the other: what margins are
+        computed from.
+    """
+    trainer.model.eval()
+    files = [run.data(name) for name in parameters.objectives]
+    options = {"splits": parameters.scored_splits, "checkpoint": run.chain}
+    score_files(trainer.scorer, tokenizer, files, run.scores, **options)
+    records = pd.concat([read_table(run.base_scores), read_table(run.scores)], ignore_index=True)
+    return records.query("split == 'eval'").reset_index(drop=True)
+
+
+def measure_drift(
+    trainer: MeasuringDPOTrainer, run: RunPaths, tokenizer: Any, *, parameters: Parameters
+) -> pd.DataFrame:
+    """KL from the base on the first held-out pairs of every objective; also written to `run.kl`.
+
+    Returns:
+        As `divergence.base_divergence`: one row a completion.
+    """
+    tables = [read_table(run.data(name)).query("split == 'eval'") for name in parameters.objectives]
+    few = pd.concat([table.head(parameters.kl_pairs) for table in tables], ignore_index=True)
+    encoded = encode_table(tokenizer, few)
+    drift = base_divergence(trainer.scorer, few, encoded, checkpoint=run.chain)
+    write_table(run.kl, drift)
+    return drift
+
+
+def history_table(trainer: DPOTrainer) -> pd.DataFrame:
+    """TRL's log, one row an optimiser step: loss, learning rate, margins and the like, and `seconds`.
+
+    What was measured of earlier objectives stands in tables of its own and is left out.
+    """
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    kept = [
+        {key: x for key, x in entry.items() if not key.startswith(("conflict/", "ledger/"))}
+        for entry in steps
+    ]
+    return pd.DataFrame(kept).assign(seconds=_callback(trainer, _Progress).seconds)
+
+
+def save_stage(
+    root: Path, trainer: MeasuringDPOTrainer, run: RunPaths, *, parameters: Parameters
+) -> dict[str, Any]:
+    """Write what the stage made: log, conflict, ledger, and last the adapter; then drop its checkpoints.
+
+    Returns:
+        The adapter's manifest: hash of its weights, device and dtype, the parameters that shaped it, and
+        which of them the variants of this stage changed (`varied`).
+    """
+    write_table(run.history, history_table(trainer))
+    write_table(run.conflict, trainer.conflict_table())
+    write_table(run.ledger, trainer.ledger_table())
+    manifest = {
+        "device": str(trainer.accelerator.device),
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "parameters": {key: value for key, value in parameters if key in SHAPING},
+        "varied": sorted(varied(root, Chain.parse(run.chain).last)),
+    }
+    written = save_adapter(trainer.model, run.adapter, manifest=manifest)
+    shutil.rmtree(run.node / ".unfinished", ignore_errors=True)
+    return written

@@ -1,0 +1,335 @@
+"""Tables across chains that are planted on disk, so that every number is known by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from seqdpo_utils import contrasts, metrics
+from seqdpo_utils.chains import Chain
+from seqdpo_utils.conflict import CONFLICT_COLUMNS
+from seqdpo_utils.errors import StudyError
+from seqdpo_utils.ledger import LEDGER_COLUMNS
+from seqdpo_utils.paths import RunPaths, read_table, write_table
+
+PAIRS = 12
+PLACE = np.arange(PAIRS)
+BASE_LOGPS = np.linspace(-0.1, 0.1, PAIRS)
+"""Chosen sums of the base, in nats: its policy margin is half of this, since every answer has two tokens."""
+
+
+def records(checkpoint: str, margins: dict[str, float | np.ndarray]) -> pd.DataFrame:
+    """Held-out pairs, four a prompt, with given margins at beta 1, and a training pair to be left out."""
+    parts = []
+    for objective, margin in margins.items():
+        chosen = np.append(BASE_LOGPS + margin, 99.0)
+        ids, prompts = [f"p{i}" for i in range(PAIRS + 1)], [f"q{i // 4}" for i in range(PAIRS + 1)]
+        place = {"pair_id": ids, "prompt_id": prompts}
+        kind = {"objective": objective, "split": ["eval"] * PAIRS + ["train"], "checkpoint": checkpoint}
+        sums = {"chosen_logp": chosen, "rejected_logp": 0.0, "chosen_tokens": 2, "rejected_tokens": 2}
+        parts.append(pd.DataFrame(place | kind | sums))
+    return pd.concat(parts, ignore_index=True)
+
+
+def write_chains(root: Path, planted: dict[str, dict], *, seed: int = 0) -> list[RunPaths]:
+    """Chains with what notebooks 02 to 06 leave of them.
+
+    `planted` gives each chain, and each of its beginnings, the margin of every objective after its last
+    stage: a number, or one a pair.
+    """
+    for text, margins in planted.items():
+        run, chain = RunPaths(root, "smoke", "s", text, seed), Chain.parse(text)
+        write_table(run.base_scores, records("base", dict.fromkeys(margins, 0.0)))
+        write_table(run.scores, records(text, margins))
+        write_table(run.conflict, conflict(len(chain.stages), chain.earlier))
+        write_table(run.ledger, ledger(len(chain.stages), chain.earlier))
+        write_table(run.movement, movement(chain.checkpoints))
+    return [derive(RunPaths(root, "smoke", "s", text, seed)) for text in planted]
+
+
+def derive(run: RunPaths) -> RunPaths:
+    """The tables of notebooks 04 and 05."""
+    chain, rng = Chain.parse(run.chain), np.random.default_rng(0)
+    scores = [read_table(file) for file in (run.base_scores, *(node.scores for node in run.lineage))]
+    measures = metrics.pair_measures(pd.concat(scores, ignore_index=True), beta=1.0)
+    objectives = list(measures["objective"].unique())
+    write_table(run.table("stage_matrix"), metrics.stage_matrix(measures, resamples=100, rng=rng))
+    found = metrics.transfer(measures, chain, objectives, resamples=100, rng=rng)
+    write_table(run.table("transfer"), found)
+    ends = {"before": chain.checkpoints[1 if chain.parent else 0], "after": run.chain}
+    parts = [metrics.pair_change(measures, name, **ends) for name in chain.stages[0].objectives]
+    write_table(run.table("pair_change"), pd.concat(parts, ignore_index=True))
+    return run
+
+
+def conflict(stage: int, earlier: tuple[str, ...]) -> pd.DataFrame:
+    """Two measurements a stage; against `a` the mean cosine is 0.2, against any other objective -0.9."""
+    rows = []
+    for objective in earlier:
+        place = {"stage": stage, "previous_objective": objective}
+        for step, shift in enumerate((-0.1, 0.1)):
+            across = (0.2 if objective == "a" else -0.9) + shift
+            within = {"within_cosine": 0.5 - shift, "within_new_cosine": 0.7 + 2 * shift}
+            rows.append(place | {"step": step, "matched_cosine": across} | within)
+    return pd.DataFrame(rows, columns=list(CONFLICT_COLUMNS))
+
+
+def ledger(stage: int, earlier: tuple[str, ...]) -> pd.DataFrame:
+    """One stretch a stage in two entries: for `a` 0.3 nats explained of 0.4, for others much else."""
+    rows = []
+    for objective in earlier:
+        term, after = (0.2, 0.9) if objective == "a" else (-5.0, -7.0)
+        stretch = {"stage": stage, "previous_objective": objective, "from_step": 0, "step": 2, "left": 0.1}
+        losses = {"loss_before": 0.5, "loss_after": after}
+        rows += [stretch | losses | {"layer": 0, "module": "q_proj", "term": term}]
+        rows += [stretch | losses | {"layer": 1, "module": "q_proj", "term": term / 2}]
+    return pd.DataFrame(rows, columns=list(LEDGER_COLUMNS))
+
+
+def movement(checkpoints: list[str]) -> pd.DataFrame:
+    """The first move against later ones: cosines 0.1 and 0.2 with the second, 0.3 and 0.4 with the third."""
+    rows = []
+    for later in range(1, len(checkpoints) - 1):
+        ends = {"from_checkpoint": checkpoints[0], "to_checkpoint": checkpoints[1]}
+        ends |= {"other_from": checkpoints[later], "other_to": checkpoints[later + 1]}
+        ends |= {"layer": None, "module": None}
+        rows += [ends | {"space": "lora", "cosine": 0.2 * later - 0.1}]
+        rows += [ends | {"space": "weight", "cosine": 0.2 * later}]
+    names = [
+        "from_checkpoint",
+        "to_checkpoint",
+        "other_from",
+        "other_to",
+        "space",
+        "layer",
+        "module",
+        "cosine",
+    ]
+    return pd.DataFrame(rows, columns=names)
+
+
+def bounds(row: pd.Series, name: str) -> list[float]:
+    return row[[name, f"{name}_low", f"{name}_high"]].tolist()
+
+
+PLANTED = {
+    "a": {"a": 1.0, "b": 0.25, "c": -0.5},
+    "b": {"a": 0.5, "b": 1.0, "c": 0.0},
+    "c": {"a": 0.0, "b": 0.0, "c": 1.0},
+    "a+b": {"a": 1.0, "b": 2.0, "c": 0.0},
+    "b.half": {"a": 0.5, "b": 1.0, "c": 0.0},
+    "c-then-b": {"a": 0.0, "b": 1.0, "c": 0.9},
+    "a-then-b": {"a": 0.5, "b": 2.0, "c": 0.0},
+    "b-then-a": {"a": 3.0, "b": 1.0, "c": 0.0},
+    "a-then-b.half": {"a": -0.25, "b": 1.0, "c": 0.0},
+    "b.half-then-a": {"a": 9.0, "b": 1.0, "c": 0.0},
+    "a+b-then-c": {"a": 0.75, "b": 3.0, "c": 1.5},
+    "c-then-a+b": {"a": 2.0, "b": 2.5, "c": 0.125},
+    "a-then-b-then-c": {"a": 0.25, "b": 0.75, "c": 2.0},
+    "c-then-b-then-a": {"a": 4.0, "b": 0.5, "c": 0.5},
+    "a-then-b-then-a": {"a": 1.5, "b": 0.25, "c": 0.0},
+}
+OTHER_SEED = {
+    "a": {"a": 2.0, "b": 0.25, "c": 0.0},
+    "b": {"a": 0.5, "b": 1.0, "c": 0.0},
+    "a-then-b": {"a": -1.0, "b": 2.0, "c": 0.0},
+    "b-then-a": {"a": 2.0, "b": 1.0, "c": 0.0},
+}
+SEQUENCES = [text for text in PLANTED if "-then-" in text]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[RunPaths]:
+    """Two orders, variants, joint stages, three stages, a return and single stages; some with two seeds."""
+    root = tmp_path_factory.mktemp("runs")
+    return write_chains(root, PLANTED) + write_chains(root, OTHER_SEED, seed=1)
+
+
+def test_the_end_of_every_chain_for_every_objective(runs):
+    table = contrasts.ends(runs).set_index(["chain", "objective", "seed"])
+    assert len(table) == 3 * (len(PLANTED) + len(OTHER_SEED)) and set(table["setting"]) == {"s"}
+    for (text, objective, seed), row in table.iterrows():
+        margin = (OTHER_SEED if seed else PLANTED)[text][objective]
+        assert bounds(row, "margin") == pytest.approx([margin] * 3)
+        assert row["trained"] == (objective in Chain.parse(text).objectives)
+        assert row[["n_pairs", "n_prompts"]].tolist() == [PAIRS, 3]
+    assert not table.loc[("a", "b", 0), "trained"] and table.loc[("a-then-b-then-c", "b", 0), "trained"]
+
+
+def test_the_first_objectives_after_every_stage(runs):
+    table = contrasts.first_objectives(runs).query("seed == 0")
+    assert set(table["chain"]) == set(SEQUENCES)
+    three = table[table["chain"] == "a-then-b-then-c"]
+    assert three["after"].tolist() == ["stage 1", "stage 2", "stage 3"]
+    assert three["checkpoint"].tolist() == ["a", "a-then-b", "a-then-b-then-c"]
+    assert three["margin"].tolist() == pytest.approx([1.0, 0.5, 0.25]) and set(three["objective"]) == {"a"}
+    assert set(three["label"]) == {"s: a, then b, then c (seed 0)"}
+    joint = table[table["chain"] == "a+b-then-c"].set_index(["objective", "after"])["margin"]
+    assert joint.to_dict() == pytest.approx(
+        {("a", "stage 1"): 1.0, ("a", "stage 2"): 0.75, ("b", "stage 1"): 2.0, ("b", "stage 2"): 3.0}
+    )
+    assert table["label"].nunique() == len(SEQUENCES) + 1  # the two of the joint stage are told apart
+
+
+@pytest.mark.parametrize(
+    ("text", "objective", "seed", "learned", "backward", "retention", "outcome"),
+    [
+        ("a-then-b", "a", 0, 1.0, -0.5, 0.5, "partial degradation"),
+        ("a-then-b", "a", 1, 2.0, -3.0, -0.5, "reversal"),
+        ("b-then-a", "b", 0, 1.0, 0.0, 1.0, "stable"),
+        ("a-then-b.half", "a", 0, 1.0, -1.25, -0.25, "reversal"),
+        ("a+b-then-c", "a", 0, 1.0, -0.25, 0.75, "partial degradation"),
+        ("a+b-then-c", "b", 0, 2.0, 1.0, 1.5, "positive transfer"),
+        ("a-then-b-then-c", "a", 0, 1.0, -0.75, 0.25, "partial degradation"),
+        ("a-then-b-then-a", "a", 0, 1.0, 0.5, 1.5, "positive transfer"),
+        ("c-then-a+b", "c", 0, 1.0, -0.875, 0.125, "partial degradation"),
+    ],
+)
+def test_fates(runs, text, objective, seed, learned, backward, retention, outcome):
+    table = contrasts.fates(runs, resamples=100).set_index(["chain", "objective", "seed"])
+    row = table.loc[(text, objective, seed)]
+    for name, value in (("learned", learned), ("backward", backward), ("retention", retention)):
+        assert bounds(row, name) == pytest.approx([value] * 3)
+    assert row["outcome"] == outcome
+
+
+def test_fates_are_of_chains_with_a_later_stage(runs):
+    table = contrasts.fates(runs, resamples=100)
+    joint, second_seed = 1, 2
+    assert "a" not in set(table["chain"])
+    assert len(table) == len(SEQUENCES) + joint + second_seed
+    tested = table.dropna(subset=["excess_churn_low"])
+    assert set(tested["chain"]) == {"a-then-b", "b-then-a"}
+
+
+def test_churn_is_held_against_that_of_the_next_seed(tmp_path):
+    """Of four pairs a prompt two change sides in stage 2; one stands otherwise in seed 1, three in seed 2."""
+    turned = {count: np.where(count > PLACE % 4, -1.0, 1.0) for count in range(4)}
+    found = []
+    for seed, first, last in ((0, 0, 2), (1, 1, 1), (2, 3, 3)):
+        planted = {"a": {"a": turned[first], "b": 0.0}, "a-then-b": {"a": turned[last], "b": 1.0}}
+        found += write_chains(tmp_path, planted, seed=seed)[1:]
+    table = contrasts.fates(found, resamples=100).set_index("seed")
+    assert table["churn"].tolist() == [0.5, 0.0, 0.0]
+    # seed 0 against 1: 2 - 1 of 4; seed 1 against 2: 0 - 2 of 4; seed 2 against 0: 0 - 3 of 4
+    assert table["excess_churn_low"].tolist() == pytest.approx([0.25, -0.5, -0.75])
+    assert contrasts.fates(found[:1], resamples=100)["excess_churn_low"].isna().all()
+
+
+def test_the_effect_of_the_order(runs):
+    table = contrasts.order_effect(runs, beta=1.0, resamples=100).set_index(["chain", "objective", "seed"])
+    expected = {
+        ("a-then-b", "a", 0): (0.5, 3.0),
+        ("b-then-a", "b", 0): (1.0, 2.0),
+        ("a-then-b", "a", 1): (-1.0, 2.0),
+        ("b-then-a", "b", 1): (1.0, 2.0),
+        ("a+b-then-c", "a", 0): (0.75, 2.0),
+        ("a+b-then-c", "b", 0): (3.0, 2.5),
+        ("c-then-a+b", "c", 0): (0.125, 1.5),
+        ("a-then-b-then-c", "a", 0): (0.25, 4.0),
+        ("c-then-b-then-a", "c", 0): (0.5, 2.0),
+    }
+    assert set(table.index) == set(expected)  # no variants, no chain that is its own reverse
+    for key, (first, last) in expected.items():
+        row = table.loc[key]
+        assert row[["trained_first", "trained_last"]].tolist() == pytest.approx([first, last])
+        assert bounds(row, "difference") == pytest.approx([last - first] * 3)
+
+
+def test_an_objective_that_stands_first_and_last_has_no_order(tmp_path):
+    planted = {"a+b": {"a": 1.0, "b": 1.0}, "b": {"a": 0.0, "b": 1.0}}
+    planted |= {"a+b-then-b": {"a": 0.5, "b": 2.0}, "b-then-a+b": {"a": 1.0, "b": 2.0}}
+    found = contrasts.order_effect(write_chains(tmp_path, planted), beta=1.0, resamples=100)
+    assert found[["chain", "objective"]].to_numpy().tolist() == [["a+b-then-b", "a"]]
+
+
+def test_the_order_is_told_in_units_of_beta_and_resamples_prompts(tmp_path):
+    """By prompt the difference is 0, 2 and 4 beta: three prompts span that, twelve pairs would not."""
+    by_prompt = PLACE // 4
+    planted = {"a": {"a": 0.0, "b": 0.0}, "b": {"a": 0.0, "b": 0.0}}
+    planted |= {"a-then-b": {"a": -by_prompt, "b": 0.0}, "b-then-a": {"a": by_prompt, "b": 0.0}}
+    found = contrasts.order_effect(write_chains(tmp_path, planted), beta=0.5, resamples=2000)
+    row = found.set_index("objective").loc["a"]
+    assert bounds(row, "difference") == pytest.approx([1.0, 0.0, 2.0])
+
+
+def test_quartiles_by_three_keys(tmp_path):
+    """Pair i changes by -i / 10 nats a token; the base and seed 1 sort by i, stage 1 of seed 0 backwards."""
+    backwards, onwards = 1.0 - 3 * BASE_LOGPS, 1.0 + 0 * BASE_LOGPS
+    found = []
+    for seed, first in ((0, backwards), (1, onwards)):
+        planted = {"a": {"a": first, "b": 0.0}, "a-then-b": {"a": first - PLACE / 5, "b": 0.0}}
+        found += write_chains(tmp_path, planted, seed=seed)
+    table = contrasts.quartile_contrast(found, resamples=100)
+    assert len(table) == 6 and set(table["pairs"]) == {PAIRS} and set(table["chain"]) == {"a-then-b"}
+    rows = table.set_index(["seed", "key"])[["lowest", "highest", "difference"]]
+    rising, falling = pytest.approx([-0.1, -1.0, -0.9]), pytest.approx([-1.0, -0.1, 0.9])
+    assert (
+        rows.loc[(0, "base")].tolist() == rising and rows.loc[(0, "stage1_policy_margin")].tolist() == falling
+    )
+    assert rows.loc[(0, "cross_seed")].tolist() == rising
+    assert rows.loc[(1, "stage1_policy_margin")].tolist() == rising
+    assert rows.loc[(1, "cross_seed")].tolist() == falling
+    alone = contrasts.quartile_contrast(found[:2], resamples=100)
+    assert set(alone["key"]) == {"stage1_policy_margin", "base"}
+
+
+def test_mechanics_of_the_first_objective_over_all_later_stages(runs):
+    table = contrasts.mechanics(runs).set_index(["chain", "objective", "seed"])
+    two, three = table.loc[("a-then-b", "a", 0)], table.loc[("a-then-b-then-c", "a", 0)]
+    assert (two["cross"], two["within"], two["steps"]) == pytest.approx((0.2, 0.6, 2))
+    assert (three["cross"], three["within"], three["steps"]) == pytest.approx((0.2, 0.6, 4))
+    assert three["cross_low"] < 0.2 < three["cross_high"] < 0.6 and pd.isna(two["cross_low"])
+    assert two[["explained", "measured", "rest"]].tolist() == pytest.approx([0.3, 0.4, 0.1])
+    assert three[["explained", "measured", "rest"]].tolist() == pytest.approx([0.6, 0.8, 0.2])
+    assert two[["movement_raw", "movement_weight"]].tolist() == pytest.approx([0.1, 0.2])
+    assert three[["movement_raw", "movement_weight"]].tolist() == pytest.approx([0.3, 0.4])
+    joint = table.loc["a+b-then-c"].droplevel("seed")
+    assert joint["cross"].to_dict() == pytest.approx({"a": 0.2, "b": -0.9})
+    assert joint["measured"].to_dict() == pytest.approx({"a": 0.4, "b": -7.5})
+    assert three["gradients"] == "aligned" and two["gradients"] == "cannot be decided at this size"
+
+
+def test_what_was_not_measured_is_null(tmp_path):
+    run = write_chains(tmp_path, {name: PLANTED[name] for name in ("a", "a-then-b")})[1]
+    for file, columns in ((run.conflict, CONFLICT_COLUMNS), (run.ledger, LEDGER_COLUMNS)):
+        write_table(file, pd.DataFrame(columns=list(columns)))
+    row = contrasts.mechanics([run]).iloc[0]
+    assert row["gradients"] == "not measured" and row["steps"] == 0
+    assert (
+        row[["cross", "within", "explained", "measured", "rest"]].isna().all()
+        and row["movement_weight"] == 0.2
+    )
+
+
+def test_a_study_of_single_stages_has_ends_and_otherwise_empty_tables(runs):
+    singles = [run for run in runs if run.chain in "abc"]
+    assert len(contrasts.ends(singles)) == 15
+    tables = [
+        contrasts.first_objectives(singles),
+        contrasts.fates(singles, resamples=100),
+        contrasts.order_effect(singles, beta=1.0, resamples=100),
+        contrasts.quartile_contrast(singles, resamples=100),
+        contrasts.mechanics(singles),
+    ]
+    assert all(table.empty and set(contrasts.KEY) < set(table.columns) for table in tables)
+    assert contrasts.decided(tables[1]) == [] and contrasts.sides(tables[2], "difference") == (0, 0)
+    assert contrasts.ledger_counts(tables[4]) == {"kept": 0, "rose": 0, "closed": 0}
+
+
+def test_a_missing_table_names_its_file(tmp_path):
+    with pytest.raises(StudyError, match=r"a-then-b/seed-0/tables/stage_matrix\.parquet is missing"):
+        contrasts.ends([RunPaths(tmp_path, "smoke", "s", "a-then-b", 0)])
+
+
+def test_decisions():
+    outcomes = ["stable", "undecided", metrics.UNDEFINED, "reversal", "stable"]
+    assert contrasts.decided(pd.DataFrame({"outcome": outcomes})) == ["stable", "reversal"]
+    lows, highs = [-0.5, -0.5, -0.1, 0.1, 0.2], [-0.1, -0.2, 0.1, 0.3, 0.4]
+    assert contrasts.sides(pd.DataFrame({"gap_low": lows, "gap_high": highs}), "gap") == (2, 2)
+    measured, rest = [0.5, -0.5, 1.0, None, 0.2], [0.05, -0.05, 0.2, 0.0, -0.01]
+    counts = contrasts.ledger_counts(pd.DataFrame({"measured": measured, "rest": rest}))
+    assert counts == {"kept": 4, "rose": 3, "closed": 3}
+    angles = contrasts.angles(pd.Series([0.5, 0.0, -0.5], dtype="Float64"))
+    assert angles.tolist() == pytest.approx([60, 90, 120])

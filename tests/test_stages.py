@@ -1,0 +1,413 @@
+"""DPO stages against TRL itself, the reference proof against every wrong reference, variants by hand."""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import adapter_of, data_for, fresh, pair_table, random_pairs, records_for, trained_log
+from peft import PeftModel
+from safetensors.torch import load_file
+from trl import DPOTrainer
+
+from seqdpo_utils import metrics, models, scoring, stages
+from seqdpo_utils.errors import StudyError
+from seqdpo_utils.measuring import LengthGrouped
+from seqdpo_utils.paths import RunPaths, check_trained, write_json, write_table
+
+
+@pytest.fixture(scope="session")
+def data():
+    """What the first stage of the fixture `stage1` was trained on."""
+    return data_for(fresh(), random_pairs(16))
+
+
+@pytest.fixture
+def make(tokenizer, parameters, tmp_path):
+    """Makes the trainer of a stage over `tmp_path`."""
+
+    def trainer(data, *, base=None, previous=None, **changes):
+        options = {
+            "parameters": parameters.model_copy(update=changes),
+            "output_dir": tmp_path,
+            "previous": previous,
+        }
+        return stages.stage_trainer(base or fresh(), tokenizer, data, **options)
+
+    return trainer
+
+
+def plain_trl(model, tokenizer, rows, parameters, tmp_path, **options) -> DPOTrainer:
+    """TRL's own trainer on the same token ids, its own head, reference computed by TRL unless told
+    otherwise."""
+
+    class Tokenised(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+    config = stages.dpo_config(parameters, pairs=len(rows), output_dir=tmp_path)
+    config.precompute_ref_log_probs = False
+    return Tokenised(model, args=config, train_dataset=rows, processing_class=tokenizer, **options)
+
+
+@pytest.mark.parametrize("pairs_per_device", [1, 2, 8])
+def test_the_loss_trajectory_and_the_weights_are_trls(
+    tokenizer, parameters, tmp_path, make, pairs_per_device
+):
+    """Grouped by length or not, a step has the pairs of its window; TRL gets them in another order within
+    it."""
+    sizes = {"pairs_per_device": pairs_per_device, "pairs_per_step": 8, "epochs": 2}
+    data = data_for(fresh(), random_pairs(24))
+    ours, rows = make(data, **sizes), data.rows
+    lora = models.lora_config(parameters)
+    theirs = plain_trl(
+        fresh(), tokenizer, rows, parameters.model_copy(update=sizes), tmp_path, peft_config=lora
+    )
+    start = adapter_of(ours)
+    if pairs_per_device > 1:
+        theirs._get_train_sampler = lambda *_: Windows(ours._get_train_sampler(rows), 8)
+    ours.train(), theirs.train()
+    log = [trained_log(trainer) for trainer in (ours, theirs)]
+    for key in ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/rejected", "learning_rate"):
+        assert np.allclose([e[key] for e in log[0]], [e[key] for e in log[1]], rtol=1e-3, atol=1e-5), key
+    ends = [
+        torch.cat([(p - start[name]).flatten() for name, p in adapter_of(trainer).items()])
+        for trainer in (ours, theirs)
+    ]
+    assert (ends[0] - ends[1]).norm() < 1e-3 * ends[1].norm()
+
+
+class Windows(torch.utils.data.Sampler):
+    """The windows of another sampler, each in ascending order."""
+
+    def __init__(self, sampler, size):
+        self.sampler, self.size, self.set_epoch = sampler, size, sampler.set_epoch
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        order = list(self.sampler)
+        return iter(
+            [i for start in range(0, len(order), self.size) for i in sorted(order[start : start + self.size])]
+        )
+
+
+def test_length_groups_are_batches_of_one_step_and_waste_less():
+    lengths = torch.randint(5, 200, (44,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthGrouped(lengths, window=16, batch=4, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(44)) and order == list(sampler)
+    shuffled = torch.randperm(44, generator=torch.Generator().manual_seed(3)).tolist()
+    assert [set(order[k : k + 16]) for k in (0, 16, 32)] == [set(shuffled[k : k + 16]) for k in (0, 16, 32)]
+
+    def padded(indices):
+        return sum(4 * max(lengths[i] for i in indices[k : k + 4]) for k in range(0, 44, 4))
+
+    assert sum(lengths) < padded(order) < 0.85 * padded(shuffled)
+    firsts = [lengths[order[k]] for k in (0, 4, 8, 12)]
+    assert firsts != sorted(firsts, reverse=True), "the batches of a step must not run from long to short"
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_the_loss_is_the_equation(make, parameters, data, stage1):
+    """-log sigmoid(beta * difference of log-ratios), from sums scored one sequence at a time."""
+    trainer, rows, scores = make(data, previous=stage1), data.rows, data.reference
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(range(4)))))
+    policy = [
+        {
+            f"{side}_logp": scoring.sequence_logp(trainer.model, row["prompt_ids"], row[f"{side}_ids"])
+            for side in ("chosen", "rejected")
+        }
+        for row in rows.select(range(4))
+    ]
+    records = scores.head(4).drop(columns=["chosen_logp", "rejected_logp"]).join(pd.DataFrame(policy))
+    by_hand = metrics.dpo_loss(metrics.dpo_margin(records, scores, beta=parameters.beta)).mean()
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_swapping_chosen_and_rejected_flips_the_gradient_and_every_margin(make, parameters):
+    pairs = random_pairs(8)
+    swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    steps, margins = [], []
+    for version in (pairs, swapped):
+        data = data_for(fresh(), version)
+        trainer, scores = make(data), data.reference
+        loss = trainer.compute_loss(
+            trainer.model, trainer._prepare_inputs(trainer.data_collator(list(data.rows)))
+        )
+        gradient = torch.autograd.grad(
+            loss, [p for n, p in trainer.model.named_parameters() if "lora_B" in n]
+        )
+        steps.append(torch.cat([g.flatten() for g in gradient]))
+        trainer.train()
+        after = records_for(trainer.model, pairs, checkpoint="helpful")
+        base = (
+            scores
+            if version is pairs
+            else scores.rename(columns={"chosen_logp": "rejected_logp", "rejected_logp": "chosen_logp"})
+        )
+        margins.append(metrics.dpo_margin(after, base, beta=parameters.beta))
+    assert torch.allclose(steps[0], -steps[1], atol=1e-5)
+    assert steps[0].norm() > 0
+    assert margins[0].mean() > 0.05 and margins[1].mean() < -0.05
+
+
+def test_a_later_stage_goes_on_with_the_adapter_and_counts_from_the_base(make, data, stage1):
+    trainer = make(data, previous=stage1)
+    saved = load_file(stage1 / "adapter_model.safetensors")
+    loaded = {name.replace(".default", ""): p for name, p in adapter_of(trainer).items()}
+    assert saved.keys() == loaded.keys() and all(torch.equal(p, saved[name]) for name, p in loaded.items())
+    proof = stages.prove_reference(trainer, data)
+    assert len(proof) == 2 * stages.REFERENCE_CHECKS
+    assert np.allclose(proof["adapter_off"], proof["cached_base"], rtol=1e-4)
+    trainer.train()
+    assert abs(stages.history_table(trainer)["loss"].iloc[0] - np.log(2)) > 1e-3
+
+
+def test_trls_silent_copy_of_the_stage_1_adapter_is_caught(tokenizer, parameters, tmp_path, data, stage1):
+    trained = PeftModel.from_pretrained(fresh(), stage1, is_trainable=True)
+    trainer = plain_trl(trained, tokenizer, data.rows, parameters, tmp_path)
+    assert "ref" in trainer.model.peft_config, "TRL no longer makes the copy: the trap has changed"
+    with pytest.raises(
+        StudyError,
+        match=r"trainer_reference .* not the base model, for example a copy of the previous stage's adapter",
+    ):
+        stages.prove_reference(trainer, data)
+
+
+def test_reference_sums_of_the_stage_1_policy_are_caught(make, data, stage1):
+    policy = PeftModel.from_pretrained(fresh(), stage1)
+    wrong = dataclasses.replace(data, rows=data_for(policy, random_pairs(16)).rows)
+    with pytest.raises(StudyError, match=r"wrong reference: .* trainer_reference"):
+        stages.prove_reference(make(wrong, previous=stage1), data)
+
+
+def test_a_merged_adapter_is_caught(make, data, stage1):
+    merged = PeftModel.from_pretrained(fresh(), stage1).merge_and_unload()
+    with pytest.raises(StudyError, match="a merged adapter changed the weights"):
+        stages.prove_reference(make(data, base=merged), data)
+
+
+def changed(data, **columns):
+    """The stage with other cached sums of the base model."""
+    return dataclasses.replace(data, reference=data.reference.assign(**columns))
+
+
+def test_a_stale_cache_is_caught(make):
+    pairs = random_pairs(8)
+    data = data_for(fresh(), pairs)
+    with pytest.raises(StudyError, match="cached base scores are stale"):
+        stages.prove_reference(make(data), changed(data, chosen_logp=data.reference["chosen_logp"] + 0.5))
+    with pytest.raises(StudyError, match="other tokens"):
+        stages.training_rows(pairs, data.reference.iloc[::-1])
+    with pytest.raises(StudyError, match="empty"):
+        stages.training_rows([], data.reference.head(0))
+
+
+def test_nan_reference_sums_do_not_pass_the_proof(make):
+    data = data_for(fresh(), random_pairs(8))
+    with pytest.raises(StudyError, match="wrong reference"):
+        stages.prove_reference(make(data), changed(data, chosen_logp=float("nan")))
+
+
+def test_adapters_of_other_parameters_are_refused(tmp_path, stage1, parameters):
+    run = RunPaths(tmp_path, "smoke", "s", "a-then-b", 0)
+    for node in run.lineage:
+        shutil.copytree(stage1, node.adapter)
+    check_trained(run, dict(parameters.model_copy(update={"resamples": 7})))
+    message = r"a/seed-0/adapter was trained with beta = 0\.3, here it is 0\.1\. Delete .*seed-0 and run"
+    with pytest.raises(StudyError, match=message):
+        check_trained(run, {"beta": 0.1})
+    check_trained(run, {"learning_rate": 5.0}, varied=["learning_rate"])
+    manifest = json.loads(run.manifest.read_text())
+    write_json(run.manifest, manifest | {"varied": ["epochs"]})
+    with pytest.raises(StudyError, match="a/seed-0/adapter was trained with epochs"):
+        check_trained(run, {"epochs": 9})
+    write_json(run.at("a").manifest, manifest | {"varied": ["epochs"]})
+    check_trained(run, {"epochs": 9})
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make):
+    trainer = make(data_for(fresh(), random_pairs(8)))
+    next(p for n, p in trainer.model.named_parameters() if "lora_A" in n).data.fill_(float("nan"))
+    with pytest.raises(
+        StudyError,
+        match=r"loss of stage 1 became nan at step 1\. Nothing of it was saved\. Lower learning_rate",
+    ):
+        trainer.train()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(make, data, stage1, tmp_path):
+    with pytest.raises(StudyError, match=r"does not fit, see .*: check lora_rank and lora_targets"):
+        make(data, previous=stage1, lora_targets=["q_proj"])
+    with pytest.raises(StudyError, match="run the stage before"):
+        make(data, previous=tmp_path / "nowhere")
+
+
+def test_dropout_of_the_adapter_has_an_effect(make):
+    """TRL's default would switch it off silently."""
+    data, ends = data_for(fresh(), random_pairs(8)), []
+    for dropout in (0.0, 0.5):
+        trainer = make(data, lora_dropout=dropout)
+        forward = trainer.model.get_base_model().forward.__func__
+        assert forward.__module__ == "seqdpo_utils.measuring", "the shared-prompt pass was not trusted"
+        trainer.train()
+        ends.append(torch.cat([p.flatten() for p in adapter_of(trainer).values()]))
+    assert not torch.allclose(*ends)
+
+
+def test_seed_and_nothing_else_rules_the_run(make, data):
+    weights = []
+    for seed in (0, 0, 1):
+        trainer = make(data, seed=seed)
+        trainer.train()
+        weights.append(torch.cat([p.flatten() for p in adapter_of(trainer).values()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2])
+
+
+def test_a_quantised_base_is_its_own_reference(root, make):
+    pytest.importorskip("bitsandbytes")
+    model = models.load_base(root, models.TINY, dtype="float32", quantization="nf4")
+    data = data_for(model, random_pairs(8))
+    whole = records_for(fresh(), random_pairs(8))["chosen_logp"]
+    assert (data.reference["chosen_logp"] - whole).abs().max() > 0.1, "four bits are not the whole weights"
+    trainer = make(data, base=model)
+    stages.prove_reference(trainer, data)
+    trainer.train()
+    assert stages.history_table(trainer)["loss"].iloc[0] == pytest.approx(np.log(2), abs=1e-3)
+    assert any(p.abs().max() > 0 for name, p in adapter_of(trainer).items() if "lora_B" in name)
+
+
+def test_quantization_without_its_package_is_one_sentence_with_the_remedy(root):
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(StudyError, match=r"base model .* could not be loaded: .*bitsandbytes"):
+        models.load_base(root, models.TINY, dtype="float32", quantization="nf4")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sums_do_not_depend_on_the_attention_kernel(root, scored, attention):
+    pairs, scores = scored
+    model = models.load_base(root, models.TINY, dtype="float32", attention=attention)
+    again = scoring.Scorer(model, token_budget=128).records(pair_table(8), pairs, checkpoint="base")
+    assert np.allclose(
+        again[["chosen_logp", "rejected_logp"]], scores[["chosen_logp", "rejected_logp"]], rtol=1e-4
+    )
+
+
+# ---- variants of a stage ----
+
+
+def test_a_mixed_reference_is_proven_like_any_other(make, data, stage1):
+    """(1 - l) base + l stage before, at l = 0.5 and 1.5; the base reference and the wrong share are
+    caught."""
+    old = data_for(fresh(), random_pairs(16), first=random_pairs(16))
+    for share in (0.5, 1.5):
+        trainer = make(old, previous=stage1, reference=share)
+        proof = stages.prove_reference(trainer, old, share=share)
+        by_hand = (1 - share) * proof["adapter_off"] + share * proof["adapter_on"]
+        assert np.allclose(proof["trainer_reference"], by_hand, rtol=1e-4)
+        assert (proof["adapter_on"] - proof["adapter_off"]).abs().max() > 0.1
+        for wrong in (0.0, 1.0):
+            with pytest.raises(StudyError, match=r"wrong reference: .* trainer_reference"):
+                stages.prove_reference(trainer, old, share=wrong)
+
+
+def test_the_stage_before_as_reference_starts_at_log_2(make, stage1):
+    """The fingerprint of a moving reference, which the base reference does not have."""
+    old = data_for(fresh(), random_pairs(8), first=random_pairs(16))
+    firsts = []
+    for share in (0.0, 1.0):
+        trainer = make(old, previous=stage1, reference=share)
+        trainer.train()
+        firsts.append(trained_log(trainer)[0]["loss"])
+    assert abs(firsts[0] - np.log(2)) > 1e-3 and firsts[1] == pytest.approx(np.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "formula"),
+    [
+        (["ipo"], lambda gap, beta, tokens: (gap[0] / tokens[0] - gap[1] / tokens[1] - 1 / (2 * beta)) ** 2),
+        (["hinge"], lambda gap, beta, tokens: max(0.0, 1 - beta * (gap[0] - gap[1]))),
+        (["sigmoid", "hinge"], lambda gap, beta, tokens: np.log1p(np.exp(-beta * (gap[0] - gap[1])))
+         + 0.5 * max(0.0, 1 - beta * (gap[0] - gap[1]))),
+    ],
+    ids=["ipo", "hinge", "a list with weights"],
+)  # fmt: skip
+def test_other_losses_are_their_equations(make, data, stage1, parameters, loss, formula):
+    """On one pair, from sums scored one sequence at a time."""
+    weights = None if len(loss) == 1 else [1.0, 0.5]
+    trainer, row = make(data, previous=stage1, loss_type=loss, loss_weights=weights), data.rows[0]
+    sums = [
+        scoring.sequence_logp(trainer.model, row["prompt_ids"], row[f"{side}_ids"])
+        for side in ("chosen", "rejected")
+    ]
+    gap = [total - row[f"ref_{side}_logps"] for total, side in zip(sums, ("chosen", "rejected"), strict=True)]
+    batch = trainer._prepare_inputs(trainer.data_collator([row]))
+    expected = formula(gap, parameters.beta, [len(row["chosen_ids"]), len(row["rejected_ids"])])
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture
+def run(tmp_path) -> RunPaths:
+    """Two objectives of eight training pairs each, with sums that name the pair."""
+    run = RunPaths(tmp_path, "smoke", "s", "a-then-b", 0)
+    tables = []
+    for k, objective in enumerate(("a", "b")):
+        pairs = pair_table(9, objective=objective).assign(prompt="[]", chosen="yes", rejected="no")
+        pairs.loc[8, "split"] = "eval"
+        write_table(run.data(objective), pairs)
+        sums = {"chosen_logp": -1.0 * (100 * k + pairs.index), "rejected_logp": -1000.0}
+        tables.append(pairs.assign(**sums, chosen_tokens=2, rejected_tokens=3))
+    write_table(run.base_scores, pd.concat(tables))
+    return run
+
+
+PLAIN = {"seed": 0, "train_share": 1.0, "flipped": 0.0, "shuffled_labels": False, "replay": 0.0}
+
+
+def test_a_stage_sees_the_training_pairs_of_its_objectives(run):
+    assert stages.training_pairs(run.at("a"), PLAIN)["pair_id"].tolist() == [f"a-{i}" for i in range(8)]
+    joint = stages.training_pairs(run.at("a+b"), PLAIN)
+    assert joint["objective"].tolist() == ["a"] * 8 + ["b"] * 8 and joint["chosen_logp"].tolist()[8] == -100.0
+
+
+def test_turned_labels_carry_their_sums_and_are_nested(run):
+    turned = {}
+    for share in (0.25, 0.5, 1.0):
+        table = stages.training_pairs(run.at("a"), PLAIN | {"flipped": share})
+        other = table[table["chosen_logp"] == -1000.0]
+        assert (
+            len(other) == 8 * share
+            and (other["chosen"] == "no").all()
+            and (other["chosen_tokens"] == 3).all()
+        )
+        turned[share] = set(other["pair_id"])
+    assert turned[0.25] < turned[0.5] < turned[1.0]
+
+
+def test_half_of_the_pairs_and_labels_at_random_are_ruled_by_the_seed(run):
+    def seen(**changes):
+        table = stages.training_pairs(run.at("a"), PLAIN | changes)
+        return table["pair_id"].tolist(), (table["chosen"] == "no").tolist()
+
+    assert len(seen(train_share=0.5)[0]) == 4 and seen(train_share=0.5) == seen(train_share=0.5)
+    draws = [seen(shuffled_labels=True, seed=seed)[1] for seed in range(20)]
+    assert draws[0] == seen(shuffled_labels=True)[1] and len({tuple(draw) for draw in draws}) > 15
+    assert 0.35 < np.mean(draws) < 0.65
+
+
+def test_replayed_pairs_take_the_place_of_some_as_their_own_stage_saw_them(run):
+    write_json(run.at("a").manifest, {"parameters": PLAIN | {"flipped": 1.0}, "varied": ["flipped"]})
+    table = stages.training_pairs(run, PLAIN | {"replay": 0.25})
+    replayed = table[table["objective"] == "a"]
+    assert len(table) == 8 and len(replayed) == 2 and (replayed["chosen"] == "no").all()
+    assert table["pair_id"].is_unique and (table[table["objective"] == "b"]["chosen"] == "yes").all()
+    with pytest.raises(StudyError, match=r"replay|few"):
+        stages.training_pairs(run, PLAIN | {"replay": 0.01})
