@@ -58,7 +58,7 @@ def _other_seed(run: RunPaths, runs: Iterable[RunPaths], objective: str) -> pd.S
     twin = replace(run, seed=seeds[(seeds.index(run.seed) + 1) % len(seeds)])
     if twin == run:
         return None
-    records = _rows_of(twin.lineage[0].scores, objective).query("split == 'eval'")
+    records = _rows_of(twin.lineage[0].scores, objective)
     return metrics.policy_margin(records).set_axis(records["pair_id"])
 
 

@@ -89,8 +89,8 @@ def _kl(policy: Tensor, base: Tensor) -> Tensor:
     its sums are float64, because their digits cancel. Equal logits give exactly zero.
     """
     policy, base = policy.float(), base.float()
-    high, low = policy.amax(1, keepdim=True), base.amax(1, keepdim=True)
-    gap = (policy - base).sub_(high - low)
-    weight, base_weight = (policy - high).exp_(), (base - low).exp_()
+    policy, base = policy - policy.amax(1, keepdim=True), base - base.amax(1, keepdim=True)
+    gap = policy - base
+    weight, base_weight = policy.exp_(), base.exp_()
     total, base_total = (each.sum(1, dtype=torch.float64) for each in (weight, base_weight))
     return gap.mul_(weight).sum(1, dtype=torch.float64) / total - total.log() + base_total.log()

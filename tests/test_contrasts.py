@@ -217,6 +217,27 @@ def test_churn_is_held_against_that_of_the_next_seed(tmp_path):
     assert contrasts.fates(found[:1], resamples=100)["excess_churn_low"].isna().all()
 
 
+def test_pairs_that_change_places_beyond_what_seeds_do_are_a_redistribution(tmp_path):
+    """In every prompt two pairs swap with two others: the mean stays, and all four stand otherwise."""
+    up, down = np.where(PLACE % 4 < 2, 2.0, -1.0), np.where(PLACE % 4 < 2, -1.0, 2.0)
+    planted = {"a": {"a": up, "b": 0.0}, "a-then-b": {"a": down, "b": 1.0}}
+    found = [write_chains(tmp_path, planted, seed=seed)[1] for seed in (0, 1)]
+    table = contrasts.fates(found, resamples=100)
+    assert table["retention"].tolist() == pytest.approx([1.0, 1.0]) and set(table["churn"]) == {1.0}
+    assert set(table["outcome"]) == {"redistribution"}
+    assert contrasts.fates(found[:1], resamples=100)["outcome"].tolist() == ["stable"]
+
+
+def test_excess_churn_is_the_lower_bound_over_prompts(tmp_path):
+    """Only the pairs of the first of three prompts change sides: the mean is a third, the bound zero."""
+    turned = np.where(PLACE < 4, -1.0, 1.0)
+    planted = {"a": {"a": 1.0, "b": 0.0}, "a-then-b": {"a": turned, "b": 1.0}}
+    found = [write_chains(tmp_path, planted, seed=seed)[1] for seed in (0, 1)]
+    table = contrasts.fates(found, resamples=500)
+    assert table["churn"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert table["excess_churn_low"].tolist() == [0.0, 0.0]
+
+
 def test_the_effect_of_the_order(runs):
     table = contrasts.order_effect(runs, beta=1.0, resamples=100).set_index(["chain", "objective", "seed"])
     expected = {

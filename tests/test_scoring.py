@@ -1,4 +1,3 @@
-import itertools
 import logging
 
 import numpy as np
@@ -274,13 +273,11 @@ def test_a_cached_beginning_leaves_the_row_and_stays_in_the_mask():
 
 
 def test_batches_hold_the_budget_and_few_pads():
-    rows = [PromptRow([1] * 5, [[2] * n]) for n in (7, 90, 30, 8, 29, 6, 31, 200)]
+    rows = [PromptRow([1] * 5, [[2] * n]) for n in (7, 90, 30, 8, 28, 6, 31, 200)]
     lengths = [row.tokens - 3 for row in rows]
     found = list(scoring.batches(rows, 96, cached=3))
-    assert sorted(i for batch in found for i in batch) == list(range(8))
-    assert [lengths[i] for i in itertools.chain(*found)] == sorted(lengths, reverse=True)
     assert found[0] == [7]  # one row alone may exceed the budget
     for batch in found[1:]:
         computed = max(lengths[i] for i in batch) * len(batch)
         assert computed <= 96 and computed - sum(lengths[i] for i in batch) <= 96 / scoring.PADS
-    assert len(found) == 5
+    assert found == [[7], [1], [6, 2], [4], [3, 0, 5]]
