@@ -32,3 +32,8 @@ What runs the notebooks has a room of its own:
     batch.pages       the rendered appendix
     batch.cli         python -m seqdpo_utils
 """
+
+import sys
+
+# jsonschema, behind nbformat and altair, would compile a grammar of web addresses: a second in every process
+sys.modules.setdefault("rfc3987_syntax", None)

@@ -3,12 +3,14 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
+import bench
 import numpy as np
 import pandas as pd
 import pytest
 
-from seqdpo_utils import bench, scoring
-from seqdpo_utils.paths import StudyError, read_table
+from seqdpo_utils import scoring
+from seqdpo_utils.errors import StudyError
+from seqdpo_utils.paths import read_table
 
 
 def test_ratios_are_paired_and_their_extremes_kept():
@@ -31,9 +33,11 @@ def test_sides_that_disagree_are_not_compared():
 
 
 def test_what_must_be_computed_is_counted_by_hand(base):
-    rows = [scoring.PromptRow([1, 2, 3], [[4, 5], [6]])]  # two prompt tokens before the branches, three in them, three scored
+    # two prompt tokens before the branches, three in them, three scored
+    rows = [scoring.PromptRow([1, 2, 3], [[4, 5], [6]])]
     shape = base.config
-    attention = 2 * shape.hidden_size * shape.hidden_size + 2 * shape.hidden_size * shape.hidden_size // 2  # q, o and, with half the heads, k, v
+    square = shape.hidden_size * shape.hidden_size
+    attention = 2 * square + 2 * square // 2  # q, o and, with half the heads, k, v
     body = shape.num_hidden_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
     assert bench._flops(base, rows) == 2 * (body * 5 + shape.vocab_size * shape.hidden_size * 3)
 
@@ -47,7 +51,7 @@ def test_peak_memory_is_that_of_the_process_and_not_of_its_parent():
 
 
 def test_the_table_is_written_twice(tmp_path):
-    row = {"what": "scoring", "compared with": "TRL", "ratio": 6.4, "low": 6.0, "high": 7.0, "value": 2.81, "unit": "pairs a second", "runs": 3}
+    row = bench._row("scoring", "TRL", [6.4, 6.0, 7.0], 2.81, "pairs a second")
     text = bench.write_bench(tmp_path, pd.DataFrame([row], columns=bench.COLUMNS)).read_text()
     assert "| scoring | TRL | 6.40 (6.00 to 7.00) | 2.81 pairs a second | 3 |" in text
     assert read_table(tmp_path / "runs" / "bench" / "bench.parquet")["ratio"].tolist() == [6.4]
