@@ -1,4 +1,5 @@
-# Two commands: `make study` runs everything and renders the pages, `make test` runs the tests. Both set up what they need.
+# Two commands: `make study` runs everything and renders the pages, `make test` runs the tests.
+# Both set up what they need.
 PYTHON ?= python3.11
 SCALE ?= classroom
 SETTINGS ?=

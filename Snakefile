@@ -1,7 +1,7 @@
-"""The graph of the study: notebooks through papermill, one rule a notebook. `make study` starts it; see README.md.
+"""The graph of the study: notebooks through papermill, one rule a notebook. `make study` starts it.
 
-A chain's node needs the adapter of its parent, so every common beginning is trained once for all chains that begin
-with it. The patterns of all files come from `seqdpo_utils.paths.RunPaths`, with wildcards for names.
+A chain's node needs the adapter of its parent, so every common beginning is trained once for all chains that
+begin with it. The patterns of all files come from `seqdpo_utils.paths.RunPaths`, with wildcards for names.
 """
 
 import json
@@ -35,7 +35,7 @@ GPU = min(GPUS, 1)  # a computing notebook takes one GPU for itself, where there
 # on a CPU two chains run side by side: one computes while the other starts its kernel; else one chain a GPU
 SHARE = max(1, workflow.cores // max(2, GPUS))
 NODE = RunPaths(Path("runs"), SCALE, "{setting}", "{chain}", "{seed}")
-TREE = {setting: [str(chain) for chain in tree(map(Chain.parse, chains))] for setting, chains in CHAINS.items()}
+TREE = {name: [str(chain) for chain in tree(map(Chain.parse, chains))] for name, chains in CHAINS.items()}
 
 
 wildcard_constraints:
@@ -134,12 +134,12 @@ rule read_me_first:
 
 
 def row_files(wildcards):
-    """Local files with the setting's rows, so that changed rows are prepared again; none for a data set on the hub."""
+    """Local files with the setting's rows, so that changed rows are prepared again; none on the hub."""
     flat = resolved(wildcards.setting)
     place = EMBEDDED / flat.layout if flat.source == "embedded" else ROOT / flat.source
     within = sorted(place.rglob("*")) if place.is_dir() else [place]
-    visible = [file for file in within if not any(part.startswith(".") for part in file.relative_to(place).parts)]
-    return [file for file in visible if file.is_file()]
+    hidden = [file for file in within if any(part.startswith(".") for part in file.relative_to(place).parts)]
+    return [file for file in within if file.is_file() and file not in hidden]
 
 
 rule data_preparation:
@@ -212,14 +212,18 @@ TABLES = [NODE.table(name) for name in ("stage_matrix", "transfer", "pair_change
 
 
 rule across_settings:
-    input: code=needs("07"), tables=[each(file, CHAINS) for file in (*TABLES, NODE.movement)], runs=each(NODE.run_json, TREE)
+    input:
+        code=needs("07"),
+        tables=[each(file, CHAINS) for file in (*TABLES, NODE.movement)],
+        runs=each(NODE.run_json, TREE),
     output: page=f"runs/{SCALE}/summary/notebooks/07_across_settings.ipynb"
     params: given=lambda w: given("07", w, chains=CHAINS, seeds=SEEDS), label="07 across settings"
     shell: NOTEBOOK
 
 
 PER_CHAIN = [file for number in ("04", "05", "06") for file in each(page(number), CHAINS)]
-TRAINED = [each(page("03" if THEN in chain else "02"), {name: [chain]}) for name in TREE for chain in TREE[name]]
+FIRST = {name: [chain for chain in TREE[name] if THEN not in chain] for name in TREE}
+LATER = {name: [chain for chain in TREE[name] if THEN in chain] for name in TREE}
 
 
 rule appendix:
@@ -227,7 +231,8 @@ rule appendix:
         rules.read_me_first.output.page,
         rules.across_settings.output.page,
         expand(rules.data_preparation.output.page, setting=CHAINS),
-        *TRAINED,
+        *each(page("02"), FIRST),
+        *each(page("03"), LATER),
         *PER_CHAIN,
         "seqdpo_utils/batch/pages.py",
         sorted(Path("seqdpo_utils/batch/templates").iterdir()),

@@ -113,9 +113,7 @@ def pack_rows(rows: Sequence[PromptRow], *, cached: int = 0) -> PackedRows:
         flat, where = row.prompt[cached:shared], list(range(cached, shared))
         part = [0] * len(flat)
         for k, completion in enumerate(row.completions, start=1):
-            first = i * length + len(
-                flat
-            )  # flat position, over all rows, of the copy that begins this branch
+            first = i * length + len(flat)  # place, over all rows, of the copy that begins this branch
             source.extend(range(first, first + len(completion)))
             target.extend(completion)
             branch.extend([next(number)] * len(completion))
@@ -240,9 +238,8 @@ def prefix_cache(model: PreTrainedModel, rows: Sequence[PromptRow]) -> DynamicCa
     A prompt's last token stays out, since every branch needs its own. A single row has nothing to share.
     """
     prompts = [row.prompt[:-1] for row in rows]
-    columns = (
-        zip(*prompts, strict=False) if len(rows) > 1 else ()
-    )  # the prompts' first tokens, second tokens, ...
+    # the prompts' first tokens, second tokens, and so on
+    columns = zip(*prompts, strict=False) if len(rows) > 1 else ()
     common = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
     cache = DynamicCache(config=model.config)
     if common:
@@ -331,11 +328,10 @@ class Scorer:
         shared = bool(rows) and self.fault(rows) is None
         parts = rows if shared else one_a_row(rows)
         sums: dict[int, list[float]] = {}
-        with contextlib.ExitStack() as stack:
-            model = stack.enter_context(adapter_merged(self.model)) if shared else self.model
+        total = sum(row.tokens for row in parts)
+        ready = adapter_merged(self.model) if shared else contextlib.nullcontext(self.model)
+        with ready as model, tqdm(total=total, desc=label, unit="token", mininterval=5) as bar:
             prefix = prefix_cache(model, parts) if shared else DynamicCache()
-            total = sum(row.tokens for row in parts)
-            bar = stack.enter_context(tqdm(total=total, desc=label, unit="token", mininterval=5))
             for batch in batches(parts, self.token_budget, cached=prefix.get_seq_length()):
                 here = [parts[i] for i in batch]
                 found = shared_sums(model, here, prefix=prefix) if shared else padded_sums(model, here)
@@ -421,21 +417,21 @@ def adapter_merged(model: Any) -> Iterator[PreTrainedModel]:
     adapter beside the weights, as does one whose adapter is off. Costs a second copy of the adapted weights
     while it lasts.
     """
-    bare, layers = bare_model(model), _mergeable(model)
-    kept = [(base := layer.get_base_layer(), dict(base.named_parameters(recurse=False))) for layer in layers]
-    for base, parameters in kept:
-        for name, weight in parameters.items():
-            # a parameter of its own: an output head may be tied to the embeddings, which stay as they are
-            setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+    layers = _mergeable(model)
+    bases = [layer.get_base_layer() for layer in layers]
+    kept = [(base, *item) for base in bases for item in base.named_parameters(recurse=False)]
+    for base, name, weight in kept:
+        # a parameter of its own: an output head may be tied to the embeddings, which stay as they are
+        setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
     try:
         for layer in layers:
             layer.merge()
-        yield bare
+        yield bare_model(model)
     finally:
-        for layer, (base, parameters) in zip(layers, kept, strict=True):
+        for layer in layers:
             layer.merged_adapters.clear()  # not `unmerge`: the merged copies are thrown away as they are
-            for name, weight in parameters.items():
-                setattr(base, name, weight)
+        for base, name, weight in kept:
+            setattr(base, name, weight)
 
 
 def _mergeable(model: Any) -> list[BaseTunerLayer]:

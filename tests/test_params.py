@@ -308,7 +308,8 @@ def test_the_paper_scale_holds_the_papers_values(root):
     flat = params.resolve(root, scale="paper", setting="safety_signal")
     theirs = {
         "base_model": "meta-llama/Llama-3.1-8B-Instruct", "lora_rank": 32, "lora_alpha": 64,
-        "learning_rate": 5.0e-5, "beta": 0.3, "epochs": 1, "dtype": "bfloat16", "activation_checkpointing": True, "pairs_per_step": 32,
+        "learning_rate": 5.0e-5, "beta": 0.3, "epochs": 1, "dtype": "bfloat16",
+        "activation_checkpointing": True, "pairs_per_step": 32,
         "max_length": 1024, "rows": "hub",
     }  # fmt: skip
     assert {key: getattr(flat, key) for key in theirs} == theirs

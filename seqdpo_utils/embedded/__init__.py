@@ -1,1 +1,1 @@
-"""Preference data authored for this study, and the seeded generator that lays it out like four public data sets."""
+"""Preference data authored for this study, laid out like four public data sets; see DATACARD.md."""
