@@ -54,7 +54,8 @@ classroom: setup
 	@python -m seqdpo_utils classroom
 
 bench: setup
-	@HF_HUB_OFFLINE=1 python tests/bench.py --rows $(ROWS) --pairs $(PAIRS)
+	@HF_HUB_OFFLINE=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 \
+		python tests/bench.py --rows $(ROWS) --pairs $(PAIRS)
 
 lab: setup
 	@jupyter lab notebooks/00_read_me_first.ipynb

@@ -6,6 +6,7 @@ A list of tensors stands for one long vector, cut into pieces as the adapter's p
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
@@ -18,6 +19,20 @@ CONFLICT_COLUMNS = (
 )
 _NEEDS_NEW_HALVES = ("matched_cosine", "within_new_cosine", "cross_product", "within_new", "corrected_cosine")
 UNDECIDED = "cannot be decided at this size"
+MEANING = {
+    "opposed": "below zero: the objectives pull against each other at these weights",
+    "aligned": "above zero: the objectives pull the same way at these weights",
+    "near-orthogonal": "freed of noise, the cosine is negligible: within 0.2 of zero",
+    UNDECIDED: "each objective agrees with itself, but the interval is too wide",
+}
+FIRST_ORDER = "first-order change (this step, drawn pairs)"
+"""What pages call the column `ledger` of a conflict table; the forgetting ledger is another thing."""
+LEVEL = 0.99
+"""Of every interval here. A study asks of about eight chains: were all its gradients orthogonal, 95 % would
+name a side in one study of three, 99 % does so in fewer than one of ten."""
+NEGLIGIBLE = 0.2
+RESAMPLES = 2000
+Interval = tuple[float | None, float | None, float | None]
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -82,13 +97,9 @@ def conflict_row(
     # a and b are the old halves, c and d the new ones; "ab" is their inner product, "aa" a squared norm
     products = gram([new, *old_halves, *(new_halves or ())])
     (nn, na, nb), (_, aa, ab), (_, _, bb) = (row[:3] for row in products[:3])
-    square_old, product = max((aa + 2 * ab + bb) / 4, 0.0), (na + nb) / 2
-    row = dict.fromkeys(_NEEDS_NEW_HALVES) | {
-        "norm_new": nn**0.5,
-        "norm_old": square_old**0.5,
-        "dot": product,
-    }
-    row |= {"cosine": cosine(product, nn, square_old), "within_cosine": cosine(ab, aa, bb), "within_old": ab}
+    oo, product = max((aa + 2 * ab + bb) / 4, 0.0), (na + nb) / 2
+    row = dict.fromkeys(_NEEDS_NEW_HALVES) | {"norm_new": nn**0.5, "norm_old": oo**0.5, "dot": product}
+    row |= {"cosine": cosine(product, nn, oo), "within_cosine": cosine(ab, aa, bb), "within_old": ab}
     if new_halves is None:
         return row
     (_, ca, cb, cc, cd), (_, da, db, _, dd) = products[3:]
@@ -99,41 +110,57 @@ def conflict_row(
     return row | {"corrected_cosine": corrected_cosine(cross, cd, ab)}
 
 
-def pooled_corrected_cosine(conflict: pd.DataFrame) -> float | None:
-    """`corrected_cosine` of products summed over all measured steps, which needs less luck than one step."""
-    products = conflict[["cross_product", "within_new", "within_old"]].astype(float).dropna()
-    return corrected_cosine(*products.sum())
+def pooled_corrected_cosine(conflict: pd.DataFrame, *, rng: np.random.Generator) -> Interval:
+    """Noise-corrected cosine of all measured steps, with its interval.
+
+    Every half counts by its direction alone: mean matched cosine over the root of the two mean within cosines
+    (Spearman 1904, correction for attenuation). Norms that change along the stage therefore do not shrink it.
+    Steps are resampled with replacement for the standard error; as few as these need the t quantile on it.
+
+    Args:
+        conflict: rows of `CONFLICT_COLUMNS`.
+        rng: draws the resamples.
+
+    Returns:
+        Estimate, low, high (within [-1, 1]); three times None where it cannot be had: from fewer than three
+        steps, where an objective does not clearly agree with itself, or where the estimate is no cosine.
+    """
+    halves = _halves(conflict)
+    count, agree = len(halves), _agree(*(_t_interval(halves[name]) for name in ("within_old", "within_new")))
+    estimate = corrected_cosine(*halves.mean()) if agree else None
+    if estimate is None:
+        return None, None, None
+    drawn = halves.to_numpy()[rng.integers(count, size=(RESAMPLES, count))].mean(axis=1)
+    cross, old, new = drawn[(drawn[:, 1:] > 0).all(axis=1)].T
+    spread = np.clip(cross / np.sqrt(old * new), -1, 1).std()
+    return _around(estimate, spread * (count / (count - 1)) ** 0.5, count)
 
 
-def conflict_verdict(conflict: pd.DataFrame) -> dict[str, Any]:
-    """What the measured cosines allow one to say, from t intervals over the measured steps.
+def conflict_verdict(conflict: pd.DataFrame, *, rng: np.random.Generator | None = None) -> dict[str, Any]:
+    """What the measured cosines allow one to say, from intervals of their means over the measured steps.
 
-    The steps are those of one run and not independent, so the intervals are a guide. "opposed" and "aligned"
-    need the interval of the matched cosine on one side of zero. "near-orthogonal" needs it to cover zero
-    while each objective agrees with itself clearly more than with the other: an objective whose own batches
-    do not agree cannot tell a foreign gradient from noise.
+    The steps are those of one run and not independent, so the intervals are a guide. A name needs both
+    objectives to agree with themselves: the intervals of `within_old` and of `within_new` above zero. Else a
+    foreign gradient cannot be told from noise. "near-orthogonal" then states equivalence: the interval of the
+    corrected cosine lies inside (-NEGLIGIBLE, NEGLIGIBLE). Otherwise "opposed" and "aligned" need the
+    interval of the matched cosine on one side of zero.
 
     Args:
         conflict: rows of `CONFLICT_COLUMNS`; none is allowed.
+        rng: for `pooled_corrected_cosine`; None: seeded with 0, so that all pages give the same verdict.
 
     Returns:
-        `cross` (the matched cosine), `within_old`, `within_new`, `within` (mean of these two): (mean, low,
-        high) each, None where missing; `corrected`: the pooled estimate or None; `steps`: number of
-        measurements; `compared`: those with halves on both sides; `verdict`: "opposed", "aligned",
-        "near-orthogonal", "cannot be decided at this size", "no halves to compare" (no new batch could be
-        halved) or "not measured".
+        `cross` (the matched cosine), `within_old`, `within_new`, `within` (mean of these two), `corrected`:
+        (mean, low, high) each, None where missing; `steps`: number of measurements; `compared`: those with
+        halves on both sides; `verdict`: "opposed", "aligned", "near-orthogonal", "cannot be decided at this
+        size", "no halves to compare" (no new batch could be halved) or "not measured".
     """
-    cosines = conflict[["matched_cosine", "within_cosine", "within_new_cosine"]].astype(float).dropna()
-    cosines.columns = ["cross", "within_old", "within_new"]
-    cosines["within"] = cosines[["within_old", "within_new"]].mean(axis=1)
-    found: dict[str, Any] = {name: _t_interval(cosines[name]) for name in cosines}
-    excess = [_t_interval(cosines[name] - cosines["cross"])[1] for name in ("within_old", "within_new")]
-    found |= {
-        "corrected": pooled_corrected_cosine(conflict),
-        "steps": len(conflict),
-        "compared": len(cosines),
-    }
-    return found | {"verdict": _verdict(found, excess)}
+    halves = _halves(conflict)
+    halves["within"] = halves[["within_old", "within_new"]].mean(axis=1)
+    found: dict[str, Any] = {name: _t_interval(halves[name]) for name in halves}
+    found["corrected"] = pooled_corrected_cosine(conflict, rng=rng or np.random.default_rng(0))
+    found |= {"steps": len(conflict), "compared": len(halves)}
+    return found | {"verdict": _verdict(found)}
 
 
 def verdicts(conflict: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
@@ -143,26 +170,51 @@ def verdicts(conflict: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def measured_in_words(found: dict[str, Any]) -> str:
-    """How much is behind a verdict, and the pooled corrected cosine, for a caption."""
-    corrected = "not estimable" if found["corrected"] is None else f"{found['corrected']:+.2f}"
-    halved = f"{found['steps']} measurements, {found['compared']} with halves on both sides"
-    return f"{halved}, corrected cosine {corrected}"
+    """How much is behind a verdict ("only": fewer than eight), and the corrected cosine, for a caption."""
+    missing = found["corrected"][0] is None
+    shown = "not estimable" if missing else "{:+z.2f} ({:+z.2f} to {:+z.2f})".format(*found["corrected"])
+    counted = f"{'only ' if found['compared'] < 8 else ''}{found['steps']} measurements"
+    return f"{counted}, {found['compared']} with halves on both sides, corrected cosine {shown}"
 
 
-def _verdict(found: dict[str, Any], excess: Sequence[float | None]) -> str:
-    _, low, high = found["cross"]
+def verdict_in_words(found: dict[str, Any]) -> str:
+    """Why a verdict is what it is, for a sentence."""
+    unclear = [name for name in ("old", "new") if not _agree(found[f"within_{name}"])]
+    if found["verdict"] == UNDECIDED and unclear:
+        return f"halves of the {' and of the '.join(unclear)} objective do not clearly agree, as in noise"
+    return MEANING.get(found["verdict"], "there is nothing to compare")
+
+
+def _verdict(found: dict[str, Any]) -> str:
     if not found["compared"]:
         return "no halves to compare" if found["steps"] else "not measured"
-    if low is None or high is None:
+    if not _agree(found["within_old"], found["within_new"]):
         return UNDECIDED
-    if low > 0 or high < 0:
-        return "aligned" if low > 0 else "opposed"
-    return "near-orthogonal" if all(bound is not None and bound > 0 for bound in excess) else UNDECIDED
+    _, low, high = found["corrected"]
+    if low is not None and max(-low, high) < NEGLIGIBLE:
+        return "near-orthogonal"
+    _, low, high = found["cross"]
+    return "aligned" if low > 0 else "opposed" if high < 0 else UNDECIDED
 
 
-def _t_interval(values: pd.Series) -> tuple[float | None, float | None, float | None]:
-    """Mean and 95 % t interval, cut at the bounds of a cosine; no interval from fewer than three values."""
-    if len(values) < 3:
-        return (float(values.mean()) if len(values) else None), None, None
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
-    return float(values.mean()), max(float(low), -1.0), min(float(high), 1.0)
+def _agree(*within: Interval) -> bool:
+    """The gate of every verdict: these intervals of cosines within an objective lie above zero."""
+    return all(low is not None and low > 0 for _, low, _ in within)
+
+
+def _halves(conflict: pd.DataFrame) -> pd.DataFrame:
+    """The three cosines of halves, from the steps that have all of them."""
+    halves = conflict[["matched_cosine", "within_cosine", "within_new_cosine"]].astype(float).dropna()
+    return halves.set_axis(["cross", "within_old", "within_new"], axis=1)
+
+
+def _t_interval(values: pd.Series) -> Interval:
+    """Mean and t interval; no interval from fewer than three values."""
+    mean, count = float(values.mean()), len(values)
+    return _around(mean, values.sem(), count) if count > 2 else (mean if count else None, None, None)
+
+
+def _around(mean: float, error: float, count: int) -> Interval:
+    """Mean and interval from its standard error, cut at the bounds of a cosine."""
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * error)
+    return mean, max(mean - reach, -1.0), min(mean + reach, 1.0)

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback
@@ -47,10 +49,16 @@ from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, Scorer, rounding, sequ
 logging.getLogger("trl").setLevel(logging.ERROR)
 
 REFERENCE_CHECKS = 4
-"""Pairs whose reference is recomputed before the first step."""
+"""Pairs, of the stage and of each earlier objective, whose reference is recomputed before the first step."""
+MARGIN_ROUNDING = {torch.float32: 2e-4, torch.bfloat16: 0.4}
+"""Nats by which rounding may move the difference of a pair's two sums, a square root of their tokens.
+
+Errors of single tokens add up at random: two ways to compute the same sums with SmolLM2-135M, over 52 to 600
+tokens a pair, differed by at most 8e-6 and 0.19 a square root."""
 CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints of an unfinished stage."""
 _MEASURED = "measured.json"  # written last, so a checkpoint that has it is whole
+_STOPPED = "Training stopped before its first step."
 _SUMS = ["chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
 
 
@@ -170,14 +178,19 @@ def training_rows(encoded: Sequence[EncodedPair], reference: pd.DataFrame) -> Da
     return Dataset.from_dict(columns)
 
 
+def optimiser_steps(parameters: Parameters, *, pairs: int) -> int:
+    """Steps of a stage of `pairs` pairs; a last step may have fewer pairs than `pairs_per_step`."""
+    return math.ceil(pairs / parameters.pairs_per_step) * parameters.epochs
+
+
 def dpo_config(parameters: Parameters, *, pairs: int, output_dir: Path) -> DPOConfig:
     """TRL's configuration for a stage of `pairs` pairs; each stage has a fresh optimiser and schedule.
 
-    Warm-up steps are rounded down: the first of them has learning rate zero, which a stage of few steps
-    cannot spare.
+    Warm-up steps are rounded down, to none where `warmup_ratio` gives less than one: the first of them has
+    learning rate zero, which a stage of few steps cannot spare.
     """
     on_cpu = compute_device().type == "cpu"
-    steps = math.ceil(pairs / parameters.pairs_per_step) * parameters.epochs
+    steps = optimiser_steps(parameters, pairs=pairs)
     return DPOConfig(
         output_dir=str(output_dir),
         beta=parameters.beta,
@@ -357,6 +370,7 @@ def stage_trainer(
     if trainer.scorer.fault(rows[:CHECKED_ROWS]) is None:
         share_prompts(trainer.model.get_base_model())
     if data.earlier and parameters.reference:
+        trainer.model.eval()  # a reference has no dropout; every training step turns it back
         sums = trainer.scorer.sums(rows, label="reference of the stage before")
         trainer.train_dataset = mixed_reference(data.rows, sums, share=parameters.reference)
     return trainer
@@ -397,12 +411,13 @@ def mixed_reference(rows: Dataset, before: Sequence[Sequence[float]], *, share: 
 
 
 def prove_reference(trainer: DPOTrainer, data: StageData, *, share: float = 0.0) -> pd.DataFrame:
-    """Prove before the first step, on a few pairs, that the reference is what it should be.
+    """Prove before the first step, on a few pairs, that every reference is what it should be.
 
     The reference that the trainer will use (its columns, or what TRL computes on the fly) is compared with
     (1 - share) times the model with its adapter off plus share times the model as it is, both computed here
     one sequence at a time; and the cached sums of the base model with the former. With share 0 the reference
-    is the base.
+    is the base. The reference of every earlier objective is the base, whatever the share. Each comparison is
+    made for the sums, which sees a shift of both answers, and for the margins, which is much sharper.
 
     Args:
         trainer: ready to train; its data set holds `prompt_ids`, `chosen_ids`, `rejected_ids`.
@@ -410,64 +425,92 @@ def prove_reference(trainer: DPOTrainer, data: StageData, *, share: float = 0.0)
         share: `reference` of the stage.
 
     Returns:
-        One row a completion, in nats: `completion`, `trainer_reference`, `cached_base`, `adapter_off`, and
-            where the
-        reference is a mixture `adapter_on` and `mixture`.
+        One row a completion, of the stage and then of each earlier objective, in nats: `completion`,
+        `tokens`, `trainer_reference`, `adapter_off`; for the stage `cached_base`, and where its reference is
+        a mixture `adapter_on` and `mixture`.
 
     Raises:
         StudyError: when two of them differ by more than the rounding of the dtype, naming both.
     """
-    rows = trainer.train_dataset.select(range(min(REFERENCE_CHECKS, len(trainer.train_dataset))))
     trainer.model.eval()  # every training step turns it back
-    used = _references_in_use(trainer, rows)
-    checks = []
-    for i, row in enumerate(rows):
-        for k, side in enumerate(("chosen", "rejected")):
-            ids = row["prompt_ids"], row[f"{side}_ids"]
-            with trainer.model.disable_adapter():
-                off = sequence_logp(trainer.model, *ids)
-            cached = float(data.reference[f"{side}_logp"].iloc[i])
-            check = {
-                "completion": f"{side} {i}",
-                "trainer_reference": used[i][k],
-                "cached_base": cached,
-                "adapter_off": off,
-            }
-            if share:
-                on = sequence_logp(trainer.model, *ids)
-                check |= {"adapter_on": on, "mixture": (1 - share) * off + share * on}
-            checks.append(check)
-    table, tolerance = pd.DataFrame(checks), rounding(trainer.model.dtype)
+    few = _first(trainer.train_dataset)
+    table = _completions(trainer.model, few, _references_in_use(trainer, few), share=share)
+    table["cached_base"] = data.reference[_SUMS[:2]].head(len(few)).to_numpy(float).ravel()
     stale = "the cached base scores are stale, or a merged adapter changed the weights under the adapter"
     wrong = "the reference is not the base model, for example a copy of the previous stage's adapter"
     if share:
         wrong = f"the reference is not {1 - share:g} times the base plus {share:g} times the stage before"
-    _compare(table, "cached_base", "adapter_off", tolerance=tolerance, meaning=stale)
-    _compare(
-        table, "trainer_reference", "mixture" if share else "adapter_off", tolerance=tolerance, meaning=wrong
-    )
-    return table
+    live, slack = "mixture" if share else "adapter_off", abs(1 - share) + abs(share)
+    _compare(trainer, table, "cached_base", "adapter_off", meaning=stale)
+    _compare(trainer, table, "trainer_reference", live, slack=slack, meaning=wrong)
+    tables = [table]
+    for objective, rows in data.earlier.items():
+        few = _first(rows)
+        table = _completions(trainer.model, few, _stored_references(few), of=f" of earlier {objective}")
+        wrong = f"the reference of the earlier objective {objective} is not the base model"
+        _compare(trainer, table, "trainer_reference", "adapter_off", meaning=wrong)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
-def _compare(table: pd.DataFrame, name: str, live: str, *, tolerance: float, meaning: str) -> None:
-    """Raise StudyError where two columns differ by more than `tolerance`, relative to sums above one nat."""
-    gap = (table[name] - table[live]).abs().fillna(math.inf) / table[live].abs().clip(
-        lower=1.0
-    )  # a NaN differs
-    worst = table.loc[gap.idxmax()]
-    if not gap.max() <= tolerance:
-        raise StudyError(
-            f"wrong reference: for {worst['completion']} {name} is {worst[name]:.4f} nats, {live} computed "
-            f"now gives {worst[live]:.4f}: {meaning}. Training stopped before its first step."
-        )
+def _first(rows: Dataset) -> Dataset:
+    return rows.select(range(min(REFERENCE_CHECKS, len(rows))))
+
+
+def _completions(
+    model: Any, rows: Dataset, used: Sequence[Sequence[float]], *, share: float = 0.0, of: str = ""
+) -> pd.DataFrame:
+    """Two rows a pair, chosen first: the reference in use, and what the model gives now."""
+    checks = []
+    for i, row in enumerate(rows):
+        for k, side in enumerate(("chosen", "rejected")):
+            ids = row["prompt_ids"], row[f"{side}_ids"]
+            with model.disable_adapter():
+                off = sequence_logp(model, *ids)
+            check = {"completion": f"{side} {i}{of}", "tokens": len(ids[1])}
+            check |= {"trainer_reference": used[i][k], "adapter_off": off}
+            if share:
+                on = sequence_logp(model, *ids)
+                check |= {"adapter_on": on, "mixture": (1 - share) * off + share * on}
+            checks.append(check)
+    return pd.DataFrame(checks)
+
+
+def _compare(
+    trainer: DPOTrainer, table: pd.DataFrame, name: str, live: str, *, meaning: str, slack: float = 1.0
+) -> None:
+    """Raise StudyError where two columns of `_completions` differ by more than rounding.
+
+    Every sum, relative to sums above one nat; then every margin beta * (chosen - rejected), of which rounding
+    explains beta * `slack` * MARGIN_ROUNDING * sqrt(tokens of both answers).
+    """
+    dtype, beta = trainer.model.dtype, trainer.args.beta
+    gap = (table[name] - table[live]).fillna(math.inf)  # a NaN differs
+    relative = gap.abs() / table[live].abs().clip(lower=1.0)
+    worst = table.loc[relative.idxmax()]
+    if not relative.max() <= rounding(dtype):
+        said = f"for {worst['completion']} {name} is {worst[name]:.4f} nats, {live} computed now gives "
+        raise StudyError(f"wrong reference: {said}{worst[live]:.4f}: {meaning}. {_STOPPED}")
+    off = beta * np.abs(gap.to_numpy()[::2] - gap.to_numpy()[1::2])
+    tokens = table["tokens"].to_numpy()[::2] + table["tokens"].to_numpy()[1::2]
+    explained = beta * slack * MARGIN_ROUNDING[dtype] * np.sqrt(tokens)
+    k = int(np.argmax(off / explained))
+    if not off[k] <= explained[k]:
+        said = f"for the pair of {table['completion'][2 * k]} {name} moves the margin by {off[k]:.4f} against"
+        limit = f"{live} computed now, and rounding explains {explained[k]:.4f}"
+        raise StudyError(f"wrong reference: {said} {limit}: {meaning}. {_STOPPED}")
 
 
 def _references_in_use(trainer: DPOTrainer, rows: Dataset) -> list[tuple[float, float]]:
     if trainer.precompute_ref_logps:
-        return list(zip(rows["ref_chosen_logps"], rows["ref_rejected_logps"], strict=True))
+        return _stored_references(rows)
     batch = trainer._prepare_inputs(trainer.data_collator(list(rows)))
     chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
     return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+
+
+def _stored_references(rows: Dataset) -> list[tuple[float, float]]:
+    return list(zip(rows["ref_chosen_logps"], rows["ref_rejected_logps"], strict=True))
 
 
 def score_stage(
