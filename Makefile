@@ -24,7 +24,7 @@ study: setup
 	@python -m seqdpo_utils study $(CHOICE)
 
 test: setup
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 $(if $(FULL),,-m "not full")
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(if $(FULL),,-m "not full")
 
 setup: $(VENV)/.ready models/smollm2-135m-instruct/manifest.json
 

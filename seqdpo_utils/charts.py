@@ -211,13 +211,12 @@ def learning_curves(history: pd.DataFrame, *, stage: int, pairs: int, seed: int)
     return _finish(chart, f"Does stage {stage} learn its objective?", caption, shows=shows)
 
 
-def conflict_over_steps(conflict: pd.DataFrame, *, band: Sequence[float | None], caption: str) -> Figure:
+def conflict_over_steps(conflict: pd.DataFrame, *, caption: str) -> Figure:
     """Cosine of new against old halves at each measured step, beside what halves of one objective give.
 
     Args:
         conflict: rows of `conflict.CONFLICT_COLUMNS`.
-        band: interval of the mean cosine within an objective, drawn behind the points; None twice for none.
-        caption: what the measurements say.
+        caption: what the measurements say; an interval of a mean is no band for points and belongs here.
     """
     names = {"matched_cosine": "new against old objective", "within_cosine": "old objective against itself"}
     names |= {"within_new_cosine": "new objective against itself"}
@@ -233,13 +232,10 @@ def conflict_over_steps(conflict: pd.DataFrame, *, band: Sequence[float | None],
         detail=["stage:N", "previous_objective:N"],
     )
     across = base.transform_filter(alt.datum.kind == names["matched_cosine"]).mark_line()
-    layers = [_zero("y"), across, base.mark_point(filled=True, size=50, opacity=1)]
-    if band[0] is not None:
-        ends = alt.Chart(pd.DataFrame([band], columns=["low", "high"]))
-        layers.insert(0, ends.mark_rect(color=GREY, opacity=0.18).encode(y="low:Q", y2="high:Q"))
-    shows = "Cosine of the two gradients at each measured step; in grey the mean's band within an objective."
+    chart = _zero("y") + across + base.mark_point(filled=True, size=50, opacity=1)
+    shows = "Cosine of the two gradients at each measured step; in grey those within an objective."
     question, size = "Do the gradients oppose each other?", (WIDTH, 230)
-    return _finish(alt.layer(*layers), question, caption, shows=shows, size=size)
+    return _finish(chart, question, caption, shows=shows, size=size)
 
 
 def ledger_waterfall(bars: pd.DataFrame, *, by: str, caption: str) -> Figure:

@@ -32,6 +32,7 @@ LEVEL = 0.99
 name a side in one study of three, 99 % does so in fewer than one of ten."""
 NEGLIGIBLE = 0.2
 RESAMPLES = 2000
+Halves = tuple[Sequence[Tensor], Sequence[Tensor]]
 Interval = tuple[float | None, float | None, float | None]
 
 
@@ -48,9 +49,8 @@ def gram(vectors: Sequence[Sequence[Tensor]]) -> list[list[float]]:
 
 def cosine(product: float, square_left: float, square_right: float) -> float | None:
     """Cosine from an inner product and two squared norms; None when a vector is zero."""
-    if square_left <= 0 or square_right <= 0:
-        return None
-    return product / (square_left * square_right) ** 0.5
+    defined = square_left > 0 and square_right > 0
+    return product / (square_left * square_right) ** 0.5 if defined else None
 
 
 def corrected_cosine(cross: float, within_new: float, within_old: float) -> float | None:
@@ -71,10 +71,7 @@ def corrected_cosine(cross: float, within_new: float, within_old: float) -> floa
 
 
 def conflict_row(
-    *,
-    new: Sequence[Tensor],
-    new_halves: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
-    old_halves: tuple[Sequence[Tensor], Sequence[Tensor]],
+    *, new: Sequence[Tensor], new_halves: Halves | None, old_halves: Halves
 ) -> dict[str, float | None]:
     """Compare two gradients at the same weights.
 
@@ -126,14 +123,13 @@ def pooled_corrected_cosine(conflict: pd.DataFrame, *, rng: np.random.Generator)
         steps, where an objective does not clearly agree with itself, or where the estimate is no cosine.
     """
     halves = _halves(conflict)
-    count, agree = len(halves), _agree(*(_t_interval(halves[name]) for name in ("within_old", "within_new")))
-    estimate = corrected_cosine(*halves.mean()) if agree else None
-    if estimate is None:
+    count, intervals = len(halves), [_t_interval(halves[name]) for name in ("within_old", "within_new")]
+    if not _agree(*intervals) or (estimate := corrected_cosine(*halves.mean())) is None:
         return None, None, None
     drawn = halves.to_numpy()[rng.integers(count, size=(RESAMPLES, count))].mean(axis=1)
     cross, old, new = drawn[(drawn[:, 1:] > 0).all(axis=1)].T
-    spread = np.clip(cross / np.sqrt(old * new), -1, 1).std()
-    return _around(estimate, spread * (count / (count - 1)) ** 0.5, count)
+    error = np.clip(cross / np.sqrt(old * new), -1, 1).std() * (count / (count - 1)) ** 0.5
+    return _around(estimate, error, count)
 
 
 def conflict_verdict(conflict: pd.DataFrame, *, rng: np.random.Generator | None = None) -> dict[str, Any]:
@@ -155,8 +151,7 @@ def conflict_verdict(conflict: pd.DataFrame, *, rng: np.random.Generator | None 
         halves on both sides; `verdict`: "opposed", "aligned", "near-orthogonal", "cannot be decided at this
         size", "no halves to compare" (no new batch could be halved) or "not measured".
     """
-    halves = _halves(conflict)
-    halves["within"] = halves[["within_old", "within_new"]].mean(axis=1)
+    halves = _halves(conflict).eval("within = (within_old + within_new) / 2")
     found: dict[str, Any] = {name: _t_interval(halves[name]) for name in halves}
     found["corrected"] = pooled_corrected_cosine(conflict, rng=rng or np.random.default_rng(0))
     found |= {"steps": len(conflict), "compared": len(halves)}
@@ -171,8 +166,8 @@ def verdicts(conflict: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
 
 def measured_in_words(found: dict[str, Any]) -> str:
     """How much is behind a verdict ("only": fewer than eight), and the corrected cosine, for a caption."""
-    missing = found["corrected"][0] is None
-    shown = "not estimable" if missing else "{:+z.2f} ({:+z.2f} to {:+z.2f})".format(*found["corrected"])
+    known = found["corrected"][0] is not None
+    shown = "{:+z.2f} ({:+z.2f} to {:+z.2f})".format(*found["corrected"]) if known else "not estimable"
     counted = f"{'only ' if found['compared'] < 8 else ''}{found['steps']} measurements"
     return f"{counted}, {found['compared']} with halves on both sides, corrected cosine {shown}"
 
@@ -210,8 +205,9 @@ def _halves(conflict: pd.DataFrame) -> pd.DataFrame:
 
 def _t_interval(values: pd.Series) -> Interval:
     """Mean and t interval; no interval from fewer than three values."""
-    mean, count = float(values.mean()), len(values)
-    return _around(mean, values.sem(), count) if count > 2 else (mean if count else None, None, None)
+    if len(values) < 3:
+        return (float(values.mean()) if len(values) else None), None, None
+    return _around(float(values.mean()), values.sem(), len(values))
 
 
 def _around(mean: float, error: float, count: int) -> Interval:

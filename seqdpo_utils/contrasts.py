@@ -1,7 +1,8 @@
 """Tables across chains: what notebook 07 compares. Everything is read from the chains' own files.
 
 Most tables follow the objectives of a chain's FIRST stage, through chains of at least two stages: one row a
-setting, chain, objective and seed. Without such a chain a table is empty and keeps its columns.
+setting, chain, objective and seed, or one for all seeds (`..._over_seeds`). Without such a chain a table is
+empty and keeps its columns.
 """
 
 import math
@@ -19,6 +20,8 @@ from seqdpo_utils.conflict import conflict_verdict
 from seqdpo_utils.ledger import segments
 from seqdpo_utils.movement import whole_adapter
 from seqdpo_utils.paths import RunPaths, read_chain, read_table
+from seqdpo_utils.records import read_scores
+from seqdpo_utils.verdicts import holm, p_value
 
 KEY = ["setting", "chain", "objective", "seed"]
 
@@ -36,12 +39,26 @@ def _key(run: RunPaths, objective: str) -> dict[str, Any]:
     return {"setting": run.setting, "chain": run.chain, "objective": objective, "seed": run.seed}
 
 
+def _measures(group: Sequence[RunPaths], *, beta: float) -> pd.DataFrame:
+    """The measures of one chain at all its checkpoints, with the `seed` of each run."""
+    parts = [metrics.pair_measures(read_scores(run), beta=beta).assign(seed=run.seed) for run in group]
+    return pd.concat(parts, ignore_index=True)
+
+
 def _followed(runs: Iterable[RunPaths]) -> Iterator[tuple[RunPaths, Chain, str]]:
     """Every chain of at least two stages, with each objective of its first stage."""
     for run in runs:
         chain = Chain.parse(run.chain)
         for objective in chain.stages[0].objectives if chain.parent else ():
             yield run, chain, objective
+
+
+def _grouped(runs: Sequence[RunPaths], together: bool) -> Iterator[tuple[list[RunPaths], Chain, str]]:
+    """The same by runs, or, `together`, by the runs of all seeds of a chain."""
+    for run, chain, objective in _followed(runs):
+        group = [other for other in runs if replace(other, seed=run.seed) == run] if together else [run]
+        if group[0] == run:
+            yield group, chain, objective
 
 
 def _rows_of(file: Path, objective: str) -> pd.DataFrame:
@@ -96,65 +113,112 @@ def first_objectives(runs: Sequence[RunPaths]) -> pd.DataFrame:
     return _table(rows, others=others, numbers=_bounds("margin"))
 
 
-def fates(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame:
-    """What became of the objectives of each chain's first stage, by the rule of `metrics.outcome`.
+def fates(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
+    """What became of the objectives of each chain's first stage, run by run, by the rule `metrics.outcome`.
 
     Returns:
-        The key, `outcome`, `learned`, `backward` (transfer) and `retention` with bounds, `churn` (share of
-        pairs whose answers changed places after stage 1) and `excess_churn_low` (null with one seed).
+        The key, `outcome`, `later_objective`, `seeds` (1), `n_prompts`; the numbers of `metrics.fate` with
+        bounds; `churn` (share of pairs whose answers changed places after stage 1) and `excess_churn_low`
+        (null with one seed).
     """
+    return _fates(runs, False, beta, resamples)
+
+
+def fates_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
+    """The same with one verdict over all seeds of a chain: seeds are resampled beside prompts.
+
+    Returns:
+        As `fates`, without `seed`; the p-value of each contrast that decides (`learned_p`, ...), adjusted
+        over the rows (Holm), and `outcome_holm`: the outcome where only contrasts with p <= .05 decide.
+    """
+    table = _fates(runs, True, beta, resamples).drop(columns="seed")
+    held = table.copy()
+    for name in metrics.DECIDING:
+        table[f"{name}_p"] = _adjusted(table, name)
+        bounds = _bounds(name)[1:]
+        held[bounds] = held[bounds].where(table[f"{name}_p"] <= 0.05, 0.0)  # a bound of zero decides nothing
+    return table.assign(outcome_holm=_outcomes(held))
+
+
+def _fates(runs: Sequence[RunPaths], together: bool, beta: float, resamples: int) -> pd.DataFrame:
     rows = []
-    quantities = {"learned": "learned", "backward": "backward transfer", "retention": "retention"}
-    for run, chain, objective in _followed(runs):
-        table = _rows_of(run.table("transfer"), objective)
-        table = table[table["checkpoint"] == chain.checkpoints[1]].set_index("quantity")
-        estimates = table.loc[list(quantities.values()), ["value", "low", "high"]].to_numpy(dtype=object)
-        row = _key(run, objective) | dict(zip(_bounds(*quantities), estimates.flatten(), strict=True))
-        changes = _changes(run, objective)
-        row["churn"] = metrics.churn(changes["before"], changes["after"])
-        other = _other_seed(run, runs, objective)
-        low = None if other is None else _excess_churn_low(changes, other, resamples=resamples, seed=run.seed)
-        name = metrics.outcome(row["retention_low"], row["retention_high"], excess_churn_low=low)
-        rows.append(row | {"excess_churn_low": low, "outcome": name})
-    return _table(rows, others=["outcome"], numbers=[*_bounds(*quantities), "churn", "excess_churn_low"])
+    for group, chain, objective in _grouped(runs, together):
+        names = read_table(group[0].table("transfer"))["objective"].unique()
+        measures, rng = _measures(group, beta=beta), np.random.default_rng(group[0].seed)
+        found = metrics.transfer(measures, chain, names, resamples=resamples, rng=rng)
+        row = _key(group[0], objective) | metrics.fate(found, chain, objective)
+        rows.append(row | _churn(group, runs, objective, resamples))
+    numbers = [*_bounds(*metrics.FATE, "later"), "churn", "excess_churn_low"]
+    table = _table(rows, others=["later_objective", "seeds", "n_prompts"], numbers=numbers)
+    table.insert(len(KEY), "outcome", _outcomes(table))
+    return table
 
 
-def _excess_churn_low(changes: pd.DataFrame, other: pd.Series, *, resamples: int, seed: int) -> float:
-    """Lower bound of churn(stage 1 to the end) minus churn between stage 1 of this seed and of another."""
-    right, after = changes["before"] > 0, changes["after"] > 0
-    elsewhere = other.reindex(changes.index) > 0
-    excess = (right != after).astype(float) - (right != elsewhere).astype(float)
-    values, rng = excess.to_numpy()[:, None], np.random.default_rng(seed)
-    draws = metrics.resampled_means(values, changes["prompt_id"], resamples=resamples, rng=rng)
-    return metrics.interval(draws[:, 0])[0]
+def _outcomes(fates: pd.DataFrame) -> list[str]:
+    rows = fates.to_dict("records")
+    return [metrics.outcome(row, excess_churn_low=row["excess_churn_low"]) for row in rows]
+
+
+def _adjusted(table: pd.DataFrame, name: str) -> np.ndarray:
+    """p-values of a column of means, adjusted over the rows; several seeds count as few as they are."""
+    units = table["n_prompts"].where(table["seeds"] == 1, table[["n_prompts", "seeds"]].min(axis=1))
+    bounds = (table[bound].to_numpy(dtype=float) for bound in _bounds(name))
+    return holm(p_value(*bounds, df=units.to_numpy(dtype=float) - 1))
+
+
+def _churn(group: list[RunPaths], runs: Sequence[RunPaths], objective: str, resamples: int) -> dict[str, Any]:
+    """Churn from stage 1 to the end, and the lower bound of what it has beyond that between two seeds."""
+    parts = []
+    for run in group:
+        changes, other = _changes(run, objective).assign(seed=run.seed), _other_seed(run, runs, objective)
+        right, after = changes["before"] > 0, changes["after"] > 0
+        changes["churn"], changes["excess"] = (right != after).astype(float), np.nan
+        if other is not None:
+            changes["excess"] = changes["churn"] - (right != (other.reindex(changes.index) > 0))
+        parts.append(changes)
+    table, rng = pd.concat(parts), np.random.default_rng(group[0].seed)
+    means = metrics.estimates(table, ["churn", "excess"], resamples=resamples, rng=rng)
+    sizes = {"seeds": len(group), "n_prompts": table["prompt_id"].nunique()}
+    return sizes | {"churn": means[0, 0], "excess_churn_low": metrics.interval(means[1:, 1])[0]}
 
 
 def order_effect(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
     """An objective's final margin when it was trained last, minus when it was trained first, pair by pair.
 
-    Compared are chains without variants whose stages are each other's reverse.
+    Compared are chains without variants whose stages are each other's reverse, run by run.
 
     Returns:
-        The key (`chain`: the one that trains the objective first), `trained_first`, `trained_last` (mean
-        final margins), `difference` with bounds (paired bootstrap over prompts).
+        The key (`chain`: the one that trains the objective first), `seeds` (1), `n_prompts`, `trained_first`,
+        `trained_last` (mean final margins), `difference` with bounds (paired bootstrap).
     """
-    rows = []
-    for run, chain, objective in _followed(runs):
-        mirror = run.at(Chain(chain.stages[::-1]))
+    return _orders(runs, False, beta, resamples)
+
+
+def order_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
+    """The same over all seeds of a chain, without `seed`; `difference_p` is adjusted over the rows (Holm)."""
+    table = _orders(runs, True, beta, resamples).drop(columns="seed")
+    return table.assign(difference_p=_adjusted(table, "difference"))
+
+
+def _orders(runs: Sequence[RunPaths], together: bool, beta: float, resamples: int) -> pd.DataFrame:
+    rows, numbers = [], ["trained_first", "trained_last", *_bounds("difference")]
+    for group, chain, objective in _grouped(runs, together):
+        mirror = Chain(chain.stages[::-1])
+        both = [run for run in group if run.at(mirror) in runs]
         plain = not any(stage.variants for stage in chain.stages)
-        if mirror not in runs or not plain or objective in chain.last.objectives:
+        if not both or not plain or objective in chain.last.objectives:
             continue
-        scores = [read_table(file) for file in (run.base_scores, run.scores, mirror.scores)]
-        measures = metrics.pair_measures(pd.concat(scores, ignore_index=True), beta=beta)
-        wide = metrics.wide_margins(measures, objective)
-        both = wide[[run.chain, mirror.chain]].to_numpy()
-        rng = np.random.default_rng(run.seed)
-        draws = metrics.resampled_means(both, wide["prompt_id"], resamples=resamples, rng=rng)
-        first, last = both.mean(axis=0)
-        gap = (last - first, *metrics.interval(draws[:, 1] - draws[:, 0]))
-        row = _key(run, objective) | {"trained_first": first, "trained_last": last}
-        rows.append(row | dict(zip(_bounds("difference"), gap, strict=True)))
-    return _table(rows, numbers=["trained_first", "trained_last", *_bounds("difference")])
+        ends = []
+        for sides in (both, [run.at(mirror) for run in both]):
+            margins = metrics.wide_margins(_measures(sides, beta=beta), objective)
+            ends.append(margins.rename(columns={sides[0].chain: "end"})[["prompt_id", "end"]])
+        wide = ends[0].assign(last=ends[1]["end"], gap=ends[1]["end"] - ends[0]["end"])
+        rng = np.random.default_rng(both[0].seed)
+        means = metrics.estimates(wide, ["end", "last", "gap"], resamples=resamples, rng=rng)
+        row = _key(both[0], objective) | {"seeds": len(both), "n_prompts": wide["prompt_id"].nunique()}
+        values = [*means[0], *metrics.interval(means[1:, 2])]
+        rows.append(row | dict(zip(numbers, values, strict=True)))
+    return _table(rows, others=["seeds", "n_prompts"], numbers=numbers)
 
 
 def quartile_contrast(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame:
@@ -201,11 +265,6 @@ def mechanics(runs: Sequence[RunPaths]) -> pd.DataFrame:
         row = _key(run, objective) | {"gradients": verdict["verdict"], "steps": verdict["steps"]} | cosines
         rows.append(row | dict(zip([*ledger, *moved], [*sums, *moves], strict=True)))
     return _table(rows, others=["gradients", "steps"], numbers=[*_bounds("cross", "within"), *ledger, *moved])
-
-
-def decided(fates: pd.DataFrame) -> list[str]:
-    """The outcomes that say something, each once."""
-    return [name for name in fates["outcome"].unique() if name not in ("undecided", metrics.UNDEFINED)]
 
 
 def sides(table: pd.DataFrame, column: str) -> tuple[int, int]:

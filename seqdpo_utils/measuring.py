@@ -105,7 +105,7 @@ class MeasuringDPOTrainer(DPOTrainer):
         self._points: dict[str, ProbePoint] = {}
         self._probed_at: list[Tensor] = []
         self._first_half: list[Tensor] | None = None
-        self._micro_batches = 0
+        self._micro_batches = self._pairs_in_step = 0
         self._loss_new = 0.0
         self._probes = {}
         for number, (name, rows) in enumerate(look_back.earlier.items() if look_back.probe_pairs else ()):
@@ -134,7 +134,15 @@ class MeasuringDPOTrainer(DPOTrainer):
             self._metrics["train" if self.model.training else "eval"].pop(name, None)
         return loss
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Any]:
+        batches, items = super().get_batch_samples(*args)
+        self._pairs_in_step = sum(len(batch["ref_chosen_logps"]) for batch in batches)
+        return batches, items
+
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        # transformers divides each micro-batch's mean by the number of micro-batches, so that the pairs of a
+        # short one would count more; where all are full this is that number
+        self.current_gradient_accumulation_steps = self._pairs_in_step / len(inputs["ref_chosen_logps"])
         loss = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step + 1
         if not torch.isfinite(loss):
@@ -162,10 +170,9 @@ class MeasuringDPOTrainer(DPOTrainer):
         """Cosines of the accumulated gradient with that of each earlier objective, at the same weights."""
         whole = [p.grad.detach() for p in self._adapter()]
         # two halves of the new batch: the snapshot taken half-way through accumulation, and what came after
-        # it;
-        # a short last batch has none
-        halves = None
-        if self._first_half is not None and self._micro_batches == self.args.gradient_accumulation_steps:
+        # it; a short last batch has none
+        halves, full = None, self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        if self._first_half is not None and self._pairs_in_step == full:
             halves = (self._first_half, [w - a for w, a in zip(whole, self._first_half, strict=True)])
         known = {"step": step, "stage": self.look_back.stage, "loss_new": self._loss_new}
         self._first_half, self._micro_batches, self._loss_new = None, 0, 0.0

@@ -1,25 +1,33 @@
 """What per-pair records say: margins, accuracies, the stage matrix, transfer, pair change, quartiles.
 
 A record holds the sums s(w) and s(l) of one checkpoint (`chosen_logp`, `rejected_logp`, nats) and the token
-counts. Intervals are 95 % percentile intervals of a bootstrap that resamples prompts, with all pairs of a
-prompt together.
+counts. Intervals are 95 % bootstrap intervals: prompts are resampled with all their pairs, and so are seeds
+where there are several.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.random import Generator
+from scipy import stats
 
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.errors import StudyError
 
-UNDEFINED = "undefined: stage 1 did not learn"
+NOT_LEARNED = "not learned"
 MEASURES = ("margin", "relative_accuracy", "policy_margin", "policy_accuracy")
 DELTA = 0.1
 """Half-width of the band of retention that counts as stable, fixed before any run was looked at."""
 UNCHANGED = 0.01
 """A policy margin that moved by at most this many nats a token counts as unchanged."""
+DECIDING = ("learned", "end", "over_lower", "over_upper")
+"""The four contrasts that decide an outcome: R1, and D(c) at 0, 1 - delta and 1 + delta (`outcome`)."""
+_CONTRASTS = {"end": 0.0, "over_lower": 1 - DELTA, "over_upper": 1 + DELTA}
+FATE = {"learned": "learned", "backward": "backward transfer", "retention": "retention"}
+FATE |= {name: f"D({c:g})" for name, c in _CONTRASTS.items()}
+"""Columns of `fate`, and the quantities of `transfer` behind them."""
 _TRANSFER = ["objective", "stage", "checkpoint", "quantity", "value", "low", "high", "note"]
 
 
@@ -74,33 +82,73 @@ def pair_measures(records: pd.DataFrame, *, beta: float) -> pd.DataFrame:
 
 
 def resampled_means(
-    values: np.ndarray, prompts: Sequence[str], *, resamples: int, rng: Generator
+    values: np.ndarray,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int] | None = None,
+    resamples: int,
+    rng: Generator,
 ) -> np.ndarray:
-    """Means of columns under a bootstrap over prompts.
+    """Means of columns under a bootstrap over prompts, crossed with one over seeds where these are given.
+
+    Seeds and prompts are drawn apart, every seed drawn with every prompt drawn. Each way of drawing moves the
+    mean by a part of its own (to first order; what only one run does to one prompt counts in both, which errs
+    on the wide side), and `_spread` widens each part, so that percentiles cover with few prompts and seeds.
+    Means are linear in `values`: a contrast of columns has the draws of the contrast of its pairs.
 
     Args:
         values: (pairs, columns); the columns of one draw see the same resampled prompts, so that differences
             and ratios are paired.
         prompts: prompt id of every pair.
+        seeds: seed of every pair's run; null for one run, whose own luck is then not in the draws.
         resamples: number of draws.
         rng: the only source of chance.
 
     Returns:
         (resamples, columns).
     """
-    _, cluster = np.unique(np.asarray(prompts), return_inverse=True)
-    clusters = cluster.max() + 1
-    sums = np.zeros((clusters, values.shape[1]))
-    np.add.at(sums, cluster, values)
-    # a draw is how often each prompt was picked: all means of all draws are one product over another
-    drawn = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
-    return drawn @ sums / (drawn @ np.bincount(cluster))[:, None]
+    mean = values.mean(axis=0)
+    draws = np.tile(mean, (resamples, 1))
+    for labels in (prompts,) if seeds is None else (prompts, seeds):
+        _, cluster = np.unique(np.asarray(labels), return_inverse=True)
+        clusters = cluster.max() + 1
+        sums = np.zeros((clusters, values.shape[1]))
+        np.add.at(sums, cluster, values - mean)
+        # a draw is how often each cluster was picked, once on average
+        drawn = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+        draws += _spread(clusters) * (drawn - 1) @ sums / len(values)
+    shares = np.isin(values, (0, 0.5, 1)).all(axis=0)  # wins, whose mean cannot leave 0 to 1
+    draws[:, shares] = draws[:, shares].clip(0, 1)
+    return draws
+
+
+def _spread(clusters: int) -> float:
+    """What a percentile interval lacks: its variance is (n - 1) / n of the unbiased, its tails a normal's.
+
+    So widened it covers means of normal data in 94 to 95 % from n = 4 on (alone: 79 % at 4, 94 % at 32), of
+    lognormal data in 84 % at 8 and 89 % at 32 (alone: 78 % and 88 %).
+    """
+    if clusters == 1:
+        return 1.0
+    tails = stats.t.ppf(0.975, clusters - 1) / stats.norm.ppf(0.975)
+    return float(tails * math.sqrt(clusters / (clusters - 1)))
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
     """The central 95 % of bootstrap draws."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
+
+
+def estimates(wide: pd.DataFrame, columns: Sequence[str], *, resamples: int, rng: Generator) -> np.ndarray:
+    """Means of columns and, below, their bootstrap draws: (1 + resamples, columns).
+
+    `wide` has a row a pair, with its `prompt_id` and, where there are several runs, its `seed`.
+    """
+    table = wide.reset_index()
+    values, seeds = table[list(columns)].to_numpy(dtype=float), table.get("seed")
+    draws = resampled_means(values, table["prompt_id"], seeds=seeds, resamples=resamples, rng=rng)
+    return np.vstack([values.mean(axis=0), draws])
 
 
 def stage_matrix(measures: pd.DataFrame, *, resamples: int, rng: Generator) -> pd.DataFrame:
@@ -127,10 +175,14 @@ def stage_matrix(measures: pd.DataFrame, *, resamples: int, rng: Generator) -> p
 
 
 def wide_margins(measures: pd.DataFrame, objective: str, *, measure: str = "margin") -> pd.DataFrame:
-    """Held-out pairs of one objective: `prompt_id` and one column a checkpoint, indexed by pair id."""
+    """Held-out pairs of one objective: `prompt_id` and one column a checkpoint.
+
+    Indexed by pair id; by seed and pair id where `measures` tell runs apart by a column `seed`.
+    """
     held_out = measures[(measures["split"] == "eval") & (measures["objective"] == objective)]
-    wide = held_out.pivot(index="pair_id", columns="checkpoint", values=measure)
-    return wide.assign(prompt_id=held_out.drop_duplicates("pair_id").set_index("pair_id")["prompt_id"])
+    key = ["seed", "pair_id"] if "seed" in measures else ["pair_id"]
+    wide = held_out.pivot(index=key, columns="checkpoint", values=measure)
+    return wide.assign(prompt_id=held_out.drop_duplicates(key).set_index(key)["prompt_id"])
 
 
 def transfer(
@@ -145,12 +197,14 @@ def transfer(
         backward transfer  R(T) - R(k)                     where k < T, as for the next two
         forgetting         max of R(k), ..., R(T-1), minus R(T)
         retention          (R(T) - R(0)) / (R(k) - R(0))   undefined where the denominator may be zero
+        D(c)               R(T) - R(0) - c (R(k) - R(0))   c = 0, 1 - delta, 1 + delta: for `outcome`
 
     The maximum leaves out the base and what came before k: what was not learned cannot be forgotten.
     (Lopez-Paz and Ranzato 2017, arXiv 1706.08840; Chaudhry et al. 2018, arXiv 1801.10112.)
 
     Args:
-        measures: from `pair_measures`, with every checkpoint of the chain.
+        measures: from `pair_measures`, with every checkpoint of the chain; with a column `seed` for several
+            runs of it, whose seeds are then resampled with the prompts.
         chain: what was trained, and when.
         objectives: of the setting. One that no stage trains has one row: its forward transfer R(T) - R(0).
 
@@ -162,9 +216,7 @@ def transfer(
     rows: list[tuple] = []
     for objective in objectives:
         wide = wide_margins(measures, objective)
-        margins = wide[chain.checkpoints].to_numpy()
-        draws = resampled_means(margins, wide["prompt_id"], resamples=resamples, rng=rng)
-        r = np.vstack([margins.mean(axis=0), draws])  # the estimate, then its draws
+        r = estimates(wide, chain.checkpoints, resamples=resamples, rng=rng)
         trained = [k for k, stage in enumerate(chain.stages, start=1) if objective in stage.objectives]
         for k in trained or [0]:
             place = (objective, str(chain.stages[k - 1]) if k else "", chain.checkpoints[k or -1])
@@ -184,6 +236,7 @@ def _transfer_rows(r: np.ndarray, k: int, *, first: bool) -> list[tuple]:
     if k < last:
         found["backward transfer"] = r[:, last] - r[:, k]
         found["forgetting"] = r[:, k:last].max(axis=1) - r[:, last]
+        found |= {FATE[name]: gained[:, last] - c * gained[:, k] for name, c in _CONTRASTS.items()}
     if k < last and low > 0:
         found["retention"] = gained[:, last] / gained[:, k]
     rows = [(quantity, both[0], *interval(both[1:]), "") for quantity, both in found.items()]
@@ -193,23 +246,46 @@ def _transfer_rows(r: np.ndarray, k: int, *, first: bool) -> list[tuple]:
     return rows
 
 
-def outcome(low: float | None, high: float | None, *, excess_churn_low: float | None = None) -> str:
+def fate(transfer: pd.DataFrame, chain: Chain, objective: str) -> dict[str, float]:
+    """What `transfer` says of an objective of the first stage, in one row.
+
+    Returns:
+        `learned`, `backward`, `retention`, and D(c) for c = 0, 1 - delta, 1 + delta as `end`, `over_lower`,
+        `over_upper`; beside them, since keeping says little where nothing else was learned, `later`: the gain
+        of the last stage on its own objective, `later_objective` (of several the one that gained least). All
+        numbers with `_low` and `_high`.
+    """
+    own = transfer[(transfer["objective"] == objective) & (transfer["checkpoint"] == chain.checkpoints[1])]
+    found = {name: own[own["quantity"] == quantity].iloc[0] for name, quantity in FATE.items()}
+    last = (transfer["checkpoint"] == str(chain)) & (transfer["quantity"] == "learned")
+    found["later"] = transfer[last].sort_values("value").iloc[0]
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    numbers = {f"{name}{end}": row[ends[end]] for name, row in found.items() for end in ends}
+    return numbers | {"later_objective": found["later"]["objective"]}
+
+
+def outcome(fate: Mapping[str, float], *, excess_churn_low: float | None = None) -> str:
     """Name what became of an objective, by the rule fixed before looking (`DELTA`).
 
+    With R1 its margin after its own stage, R2 at the end and D(c) = R2 - c R1, less than a share c of R1 is
+    left exactly where D(c) < 0. A contrast decides only where its interval is clear of zero.
+
     Args:
-        low, high: interval of its retention, null where undefined.
+        fate: `_low` and `_high` of the contrasts in `DECIDING`, zero where it is not to decide.
         excess_churn_low: lower bound of the churn of the later stages beyond that between two seeds of stage
             1; null with one seed, and then redistribution is not tested.
     """
-    if pd.isna(low) or pd.isna(high):
-        return UNDEFINED
-    if low > 1 + DELTA:
-        return "positive transfer"
-    if low >= 1 - DELTA and high <= 1 + DELTA:
+    sides = (int(fate[f"{name}_low"] > 0) - int(fate[f"{name}_high"] < 0) for name in DECIDING)
+    learned, end, lower, upper = sides
+    if learned < 1:
+        return NOT_LEARNED
+    if lower < 0:
+        return {1: "lost: partial", -1: "lost: reversal", 0: "lost, extent open"}[end]
+    if upper > 0:
+        return "gained"
+    if lower > 0 and upper < 0:
         return "redistribution" if not pd.isna(excess_churn_low) and excess_churn_low > 0 else "stable"
-    if low > 0 and high < 1 - DELTA:
-        return "partial degradation"
-    return "reversal" if high < 0 else "undecided"
+    return "not gained" if upper < 0 else "not lost" if lower > 0 else "undecided"
 
 
 def gain_in_words(low: float, high: float) -> str:

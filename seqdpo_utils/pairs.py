@@ -151,6 +151,9 @@ def prepare(
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """All pairs of a setting, split, and what happened to every row.
 
+    Every row read ends in exactly one line that begins with "joined", "dropped", "pairs for" or "left over";
+    the other lines say more about some of them.
+
     Args:
         parameters: `source`, `subset`, `revision`, `layout`, `objectives`, `max_length`, `train_pairs` and
             `eval_pairs` are read.
@@ -167,8 +170,11 @@ def prepare(
         table, dropped = pairs_of(rows, layout=layout, objective=name)
         tables[name], fitted = fit(table, tokenizer, max_length=parameters.max_length)
         counts += [(name, "rows read", len(rows))]
+        if joined := len(rows) - len(table) - dropped.total():
+            counts += [(name, "joined: the second answer of a pair", joined)]
         counts += [(name, f"dropped: {reason}", n) for reason, n in sorted(dropped.items())]
         counts += [(name, what, n) for what, n in sorted(fitted.items())]
+    usable = {name: len(table) for name, table in tables.items()}
     tables = assign_splits(tables, train_pairs=parameters.train_pairs, eval_pairs=parameters.eval_pairs)
     similar = near_identical(tables)["eval_prompt_id"]
     for name, table in tables.items():
@@ -176,6 +182,7 @@ def prepare(
         alike = held_out.loc[held_out["prompt_id"].isin(similar), "prompt_id"].nunique()
         counts += [(name, "pairs for train", len(table) - len(held_out))]
         counts += [(name, "pairs for eval", len(held_out))]
+        counts += [(name, "left over: not needed for the sizes asked", usable[name] - len(table))]
         counts += [(name, "held-out prompts near-identical to a training prompt", alike)]
     return tables, pd.DataFrame(counts, columns=["objective", "what", "rows"])
 

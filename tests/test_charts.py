@@ -89,9 +89,7 @@ def figures() -> dict[str, alt.TopLevelMixin]:
     return {
         "token_lengths": charts.token_lengths(lengths, objectives=["a"], caption="n = 2."),
         "learning_curves": charts.learning_curves(history(), stage=1, pairs=2, seed=0),
-        "conflict_over_steps": charts.conflict_over_steps(
-            conflict_rows(), band=(-0.1, 0.2), caption="n = 2."
-        ),
+        "conflict_over_steps": charts.conflict_over_steps(conflict_rows(), caption="n = 2."),
         "ledger_waterfall": charts.ledger_waterfall(bars(), by="layer", caption="n = 4."),
         "displaced_likelihood": charts.displaced_likelihood(displaced(), **one),
         "stage_heat_map": charts.stage_heat_map(matrix(), **both),
@@ -155,16 +153,11 @@ def test_the_waterfall_has_a_bar_for_every_part_in_the_colour_of_its_direction()
     assert all(svg.count(colour) >= 2 for colour in (charts.NEGATIVE, charts.POSITIVE, charts.INK))
 
 
-def test_conflict_shows_what_was_measured_and_the_band_only_where_there_is_one():
-    with_band, without = (
-        svg_of(charts.conflict_over_steps(conflict_rows(), band=band, caption="n = 2."))
-        for band in ((-0.1, 0.2), (None, None))
-    )
-    points = 'aria-roledescription="point"'
-    assert with_band.count(points) == without.count(points) == 5
-    assert "rect mark container" in with_band and "rect mark container" not in without
-    assert with_band.count('aria-roledescription="line mark"') == 1  # between the objectives only
-    charts.conflict_over_steps(conflict_rows().head(0), band=(None, None), caption="nothing").to_dict()
+def test_conflict_shows_what_was_measured_and_no_band():
+    drawn = svg_of(charts.conflict_over_steps(conflict_rows(), caption="n = 2."))
+    assert drawn.count('aria-roledescription="point"') == 5 and "rect mark container" not in drawn
+    assert drawn.count('aria-roledescription="line mark"') == 1  # between the objectives only
+    charts.conflict_over_steps(conflict_rows().head(0), caption="nothing").to_dict()
 
 
 def test_the_movement_map_has_a_cell_a_matrix_and_no_other():

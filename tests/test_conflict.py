@@ -61,7 +61,8 @@ def test_the_correction_recovers_a_planted_cosine_that_noise_hides(truth):
         rows.append(conflict.conflict_row(new=[a[0] + b[0]], new_halves=(a, b), old_halves=(c, d)))
     table = pd.DataFrame(rows)
     assert table["corrected_cosine"].mean() == pytest.approx(truth, abs=0.03)
-    assert conflict.pooled_corrected_cosine(table) == pytest.approx(truth, abs=0.03)
+    mean, low, high = conflict.pooled_corrected_cosine(table, rng=rng)
+    assert mean == pytest.approx(truth, abs=0.03) and low < truth < high < low + 0.3
     assert abs(table["cosine"].mean()) < 0.5 * abs(truth) + 0.02
     assert abs(table["matched_cosine"].mean()) < abs(table["cosine"].mean()) + 0.01
 
@@ -86,7 +87,8 @@ def test_a_corrected_cosine_beyond_one_is_no_cosine():
     row = conflict.conflict_row(new=vector(1.1, 1.1), new_halves=halves, old_halves=halves)
     assert row["cross_product"] > (row["within_new"] * row["within_old"]) ** 0.5 > 0
     assert row["corrected_cosine"] is None
-    assert conflict.pooled_corrected_cosine(pd.DataFrame([row])) is None
+    table = pd.DataFrame([row] * 4)
+    assert conflict.pooled_corrected_cosine(table, rng=np.random.default_rng(0)) == (None, None, None)
 
 
 def planted(
@@ -104,31 +106,146 @@ def planted(
 @pytest.mark.parametrize(
     ("cross", "within", "verdict"),
     [
-        (-0.3, 0.3, "opposed"),
-        (0.3, 0.3, "aligned"),
-        (0.0, 0.3, "near-orthogonal"),
+        (-0.3, 0.4, "opposed"),
+        (0.3, 0.4, "aligned"),
+        (0.0, 0.4, "near-orthogonal"),
+        (0.02, 0.4, "near-orthogonal"),
+        (-0.02, 0.4, "near-orthogonal"),
+        (0.0, 0.05, "cannot be decided at this size"),
         (0.0, 0.0, "cannot be decided at this size"),
         (0.0, -0.3, "cannot be decided at this size"),
+        (0.3, 0.0, "cannot be decided at this size"),
+        (-0.3, -0.3, "cannot be decided at this size"),
     ],
 )
-def test_near_orthogonal_needs_an_objective_that_agrees_with_itself(cross, within, verdict):
+def test_a_verdict_needs_objectives_that_agree_with_themselves(cross, within, verdict):
+    """Cosines of +-0.02 are clear of zero and yet negligible; 0 within 0.05 is too wide to be called so."""
     assert conflict.conflict_verdict(planted(cross, within))["verdict"] == verdict
 
 
-def test_both_objectives_must_agree_with_themselves():
-    """A new gradient of pure noise is orthogonal to everything, itself included."""
-    alone = conflict.conflict_verdict(planted(0.0, 0.6, within_new=0.0))
-    assert alone["verdict"] == "cannot be decided at this size"
+@pytest.mark.parametrize("cross", [-0.3, 0.0, 0.3])
+def test_one_objective_of_noise_shuts_the_gate(cross):
+    """A gradient of pure noise is orthogonal to everything, itself included."""
+    for sides in ({"within": 0.6, "within_new": 0.0}, {"within": 0.0, "within_new": 0.6}):
+        found = conflict.conflict_verdict(planted(cross, **sides))
+        assert found["verdict"] == conflict.UNDECIDED and found["corrected"] == (None, None, None)
+        noisy = "new" if sides["within"] else "old"
+        assert f"halves of the {noisy} objective do not" in conflict.verdict_in_words(found)
     both = conflict.conflict_verdict(planted(0.0, 0.6, within_new=0.2))
     assert both["verdict"] == "near-orthogonal"
     means = [both[name][0] for name in ("within_old", "within_new", "within")]
     assert means == pytest.approx([0.6, 0.2, 0.4])
 
 
+def test_orthogonal_is_a_statement_about_the_corrected_cosine():
+    """The same matched cosine of -0.06 is -0.1 freed of little noise and -0.6 of much."""
+    clean, noisy = (conflict.conflict_verdict(planted(-0.06, within, width=0.01)) for within in (0.6, 0.1))
+    assert clean["corrected"][0] == pytest.approx(-0.1) and clean["verdict"] == "near-orthogonal"
+    assert noisy["corrected"][0] == pytest.approx(-0.6) and noisy["verdict"] == "opposed"
+    assert all(found["cross"][2] < 0 for found in (clean, noisy))
+    inside, across = (conflict.conflict_verdict(planted(c, 0.9, width=0.001)) for c in (0.178, 0.182))
+    assert (inside["verdict"], across["verdict"]) == ("near-orthogonal", "aligned")
+
+
+def test_norms_that_change_do_not_attenuate_the_pooled_cosine():
+    """Halves without noise at a cosine of -0.9; one norm falls from 4 to 1, the other rises from 1 to 4."""
+    rows = []
+    for large, small in zip((4.0, 3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 4.0), strict=True):
+        old, new = vector(large, 0.0), vector(-0.9 * small, (1 - 0.81) ** 0.5 * small)
+        rows.append(conflict.conflict_row(new=new, new_halves=(new, new), old_halves=(old, old)))
+    table = pd.DataFrame(rows)
+    assert table["corrected_cosine"].tolist() == pytest.approx([-0.9] * 4)
+    summed = table[["cross_product", "within_new", "within_old"]].sum()
+    assert conflict.corrected_cosine(*summed) == pytest.approx(-0.6), "what sums of products would give"
+    found = conflict.conflict_verdict(table)
+    assert found["corrected"] == pytest.approx((-0.9, -0.9, -0.9), abs=1e-6)
+    assert found["verdict"] == "opposed"
+
+
+def test_the_generator_rules_the_interval_and_the_pages_agree():
+    table = planted(0.1, 0.5, width=0.1)
+    bounds = [conflict.pooled_corrected_cosine(table, rng=np.random.default_rng(k)) for k in (0, 0, 1)]
+    assert bounds[0] == bounds[1] != bounds[2] and bounds[0] == pytest.approx(bounds[2], abs=0.05)
+    assert conflict.conflict_verdict(table)["corrected"] == bounds[0]
+    assert conflict.conflict_verdict(table, rng=np.random.default_rng(1))["corrected"] == bounds[2]
+
+
+def test_intervals_by_hand():
+    """Three cosines, 0.01 apart: the 99.5 % point of t with two degrees of freedom is 9.925."""
+    cosines = {"matched_cosine": [0.01, 0.02, 0.03], "within_cosine": [0.79, 0.8, 0.81]}
+    found = conflict.conflict_verdict(pd.DataFrame(cosines | {"within_new_cosine": [0.79, 0.8, 0.81]}))
+    half = 9.925 * 0.01 / 3**0.5
+    assert found["cross"] == pytest.approx((0.02, 0.02 - half, 0.02 + half), abs=1e-4)
+    assert found["within_old"] == found["within"] == pytest.approx((0.8, 0.8 - half, 0.8 + half), abs=1e-4)
+
+
+def test_turning_the_new_labels_turns_the_verdict():
+    for cross in (0.3, 0.02, 0.2):
+        table = planted(cross, 0.5, width=0.15)
+        one, other = (
+            conflict.conflict_verdict(t)
+            for t in (table, table.assign(matched_cosine=-table["matched_cosine"]))
+        )
+        turned = {"aligned": "opposed", "opposed": "aligned"}
+        assert other["verdict"] == turned.get(one["verdict"], one["verdict"])
+        for name in ("cross", "corrected"):
+            mean, low, high = one[name]
+            assert other[name] == pytest.approx((-mean, -high, -low))
+
+
+def chain_of(rng, *, signal: float, truth: float = 0.0, steps: int = 4, size: int = 60) -> pd.DataFrame:
+    """Measurements of two gradients of length `signal` at a cosine under noise of length 1."""
+    true = np.zeros((2, size))
+    true[0, 0], true[1, :2] = signal, (signal * truth, signal * (1 - truth**2) ** 0.5)
+    halves = true[[0, 0, 1, 1]] + rng.normal(size=(steps, 4, size)) / size**0.5
+    halves /= np.linalg.norm(halves, axis=2, keepdims=True)
+    products = halves @ halves.transpose(0, 2, 1)
+    cosines = {"matched_cosine": products[:, 2:, :2].mean(axis=(1, 2))}
+    cosines |= {"within_cosine": products[:, 0, 1], "within_new_cosine": products[:, 2, 3]}
+    return pd.DataFrame(cosines)
+
+
+@pytest.mark.parametrize(
+    ("signal", "size", "true"),
+    [(0.0, 60, {conflict.UNDECIDED}), (0.5, 500, {conflict.UNDECIDED, "near-orthogonal"})],
+    ids=["noise alone", "objectives that are orthogonal"],
+)
+def test_eight_chains_without_conflict_seldom_name_one(signal, size, true):
+    rng = np.random.default_rng(1)
+    tables = [[chain_of(rng, signal=signal, size=size) for _ in range(8)] for _ in range(60)]
+    studies = [[conflict.conflict_verdict(table)["verdict"] for table in study] for study in tables]
+    false = np.mean([bool(set(study) - true) for study in studies])
+    assert false < 0.10
+
+
+def test_a_real_conflict_is_not_called_orthogonal_and_is_seen_with_enough_measurements():
+    rng = np.random.default_rng(2)
+    tables = [chain_of(rng, signal=1.0, truth=-0.5, steps=n) for n in (4, 24) for _ in range(40)]
+    found = [conflict.conflict_verdict(table) for table in tables]
+    assert not [each for each in found if each["verdict"] == "near-orthogonal"]
+    enough = found[40:]
+    assert np.mean([each["verdict"] == "opposed" for each in enough]) > 0.9
+    covered = [each["corrected"][1] < -0.5 < each["corrected"][2] for each in enough if each["corrected"][0]]
+    assert len(covered) > 35 and np.mean(covered) > 0.9
+
+
 def test_without_halves_nothing_is_compared():
     table = planted(-0.9, 0.9).assign(matched_cosine=None, within_new_cosine=None)
     found = conflict.conflict_verdict(table)
     assert (found["verdict"], found["steps"], found["compared"]) == ("no halves to compare", 12, 0)
+
+
+def test_words_say_how_much_is_behind_a_verdict():
+    few, many = (conflict.conflict_verdict(planted(-0.3, 0.4, steps=n, width=0.005)) for n in (4, 12))
+    assert conflict.measured_in_words(few).startswith("only 4 measurements, 4 with halves on both sides")
+    words = conflict.measured_in_words(many)
+    assert words.startswith("12 measurements, 12 with") and "corrected cosine -0.75 (-0.7" in words
+    assert "below zero" in conflict.verdict_in_words(many)
+    wide = conflict.conflict_verdict(planted(0.0, 0.05))
+    assert conflict.verdict_in_words(wide) == conflict.MEANING[conflict.UNDECIDED]
+    none = conflict.conflict_verdict(planted(0.0, 0.0))
+    assert conflict.measured_in_words(none).endswith("corrected cosine not estimable")
+    assert "of the old and of the new objective do not" in conflict.verdict_in_words(none)
 
 
 def test_two_measurements_decide_nothing():
@@ -144,7 +261,7 @@ def test_an_empty_table_was_not_measured(nothing):
     """A chain of one stage has no earlier objective: its table has columns and no rows."""
     found = conflict.conflict_verdict(nothing)
     assert found["cross"] == found["within"] == (None, None, None)
-    assert (found["verdict"], found["corrected"]) == ("not measured", None)
+    assert (found["verdict"], found["corrected"]) == ("not measured", (None, None, None))
     assert (found["steps"], found["compared"]) == (0, 0)
 
 
@@ -164,7 +281,9 @@ def test_each_stage_and_earlier_objective_has_a_verdict_of_its_own():
 
 
 def test_a_caption_tells_how_much_was_measured():
-    found = {"steps": 8, "compared": 6, "corrected": None}
-    words = "8 measurements, 6 with halves on both sides, corrected cosine "
+    found = {"steps": 9, "compared": 8, "corrected": (None, None, None)}
+    words = "9 measurements, 8 with halves on both sides, corrected cosine "
     assert conflict.measured_in_words(found) == words + "not estimable"
-    assert conflict.measured_in_words(found | {"corrected": -0.256}) == words + "-0.26"
+    found["corrected"] = (-0.256, -0.3, -0.001)
+    assert conflict.measured_in_words(found) == words + "-0.26 (-0.30 to +0.00)"
+    assert conflict.measured_in_words(found | {"compared": 7}).startswith("only 9 measurements, 7 with")

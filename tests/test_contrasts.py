@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqdpo_utils import contrasts, metrics
+from seqdpo_utils import contrasts, metrics, verdicts
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.conflict import CONFLICT_COLUMNS
 from seqdpo_utils.errors import StudyError
@@ -175,19 +175,19 @@ def test_the_first_objectives_after_every_stage(runs):
 @pytest.mark.parametrize(
     ("text", "objective", "seed", "learned", "backward", "retention", "outcome"),
     [
-        ("a-then-b", "a", 0, 1.0, -0.5, 0.5, "partial degradation"),
-        ("a-then-b", "a", 1, 2.0, -3.0, -0.5, "reversal"),
+        ("a-then-b", "a", 0, 1.0, -0.5, 0.5, "lost: partial"),
+        ("a-then-b", "a", 1, 2.0, -3.0, -0.5, "lost: reversal"),
         ("b-then-a", "b", 0, 1.0, 0.0, 1.0, "stable"),
-        ("a-then-b.half", "a", 0, 1.0, -1.25, -0.25, "reversal"),
-        ("a+b-then-c", "a", 0, 1.0, -0.25, 0.75, "partial degradation"),
-        ("a+b-then-c", "b", 0, 2.0, 1.0, 1.5, "positive transfer"),
-        ("a-then-b-then-c", "a", 0, 1.0, -0.75, 0.25, "partial degradation"),
-        ("a-then-b-then-a", "a", 0, 1.0, 0.5, 1.5, "positive transfer"),
-        ("c-then-a+b", "c", 0, 1.0, -0.875, 0.125, "partial degradation"),
+        ("a-then-b.half", "a", 0, 1.0, -1.25, -0.25, "lost: reversal"),
+        ("a+b-then-c", "a", 0, 1.0, -0.25, 0.75, "lost: partial"),
+        ("a+b-then-c", "b", 0, 2.0, 1.0, 1.5, "gained"),
+        ("a-then-b-then-c", "a", 0, 1.0, -0.75, 0.25, "lost: partial"),
+        ("a-then-b-then-a", "a", 0, 1.0, 0.5, 1.5, "gained"),
+        ("c-then-a+b", "c", 0, 1.0, -0.875, 0.125, "lost: partial"),
     ],
 )
 def test_fates(runs, text, objective, seed, learned, backward, retention, outcome):
-    table = contrasts.fates(runs, resamples=100).set_index(["chain", "objective", "seed"])
+    table = contrasts.fates(runs, beta=1.0, resamples=100).set_index(["chain", "objective", "seed"])
     row = table.loc[(text, objective, seed)]
     for name, value in (("learned", learned), ("backward", backward), ("retention", retention)):
         assert bounds(row, name) == pytest.approx([value] * 3)
@@ -195,7 +195,7 @@ def test_fates(runs, text, objective, seed, learned, backward, retention, outcom
 
 
 def test_fates_are_of_chains_with_a_later_stage(runs):
-    table = contrasts.fates(runs, resamples=100)
+    table = contrasts.fates(runs, beta=1.0, resamples=100)
     joint, second_seed = 1, 2
     assert "a" not in set(table["chain"])
     assert len(table) == len(SEQUENCES) + joint + second_seed
@@ -210,11 +210,11 @@ def test_churn_is_held_against_that_of_the_next_seed(tmp_path):
     for seed, first, last in ((0, 0, 2), (1, 1, 1), (2, 3, 3)):
         planted = {"a": {"a": turned[first], "b": 0.0}, "a-then-b": {"a": turned[last], "b": 1.0}}
         found += write_chains(tmp_path, planted, seed=seed)[1:]
-    table = contrasts.fates(found, resamples=100).set_index("seed")
+    table = contrasts.fates(found, beta=1.0, resamples=100).set_index("seed")
     assert table["churn"].tolist() == [0.5, 0.0, 0.0]
     # seed 0 against 1: 2 - 1 of 4; seed 1 against 2: 0 - 2 of 4; seed 2 against 0: 0 - 3 of 4
     assert table["excess_churn_low"].tolist() == pytest.approx([0.25, -0.5, -0.75])
-    assert contrasts.fates(found[:1], resamples=100)["excess_churn_low"].isna().all()
+    assert contrasts.fates(found[:1], beta=1.0, resamples=100)["excess_churn_low"].isna().all()
 
 
 def test_pairs_that_change_places_beyond_what_seeds_do_are_a_redistribution(tmp_path):
@@ -222,10 +222,10 @@ def test_pairs_that_change_places_beyond_what_seeds_do_are_a_redistribution(tmp_
     up, down = np.where(PLACE % 4 < 2, 2.0, -1.0), np.where(PLACE % 4 < 2, -1.0, 2.0)
     planted = {"a": {"a": up, "b": 0.0}, "a-then-b": {"a": down, "b": 1.0}}
     found = [write_chains(tmp_path, planted, seed=seed)[1] for seed in (0, 1)]
-    table = contrasts.fates(found, resamples=100)
+    table = contrasts.fates(found, beta=1.0, resamples=100)
     assert table["retention"].tolist() == pytest.approx([1.0, 1.0]) and set(table["churn"]) == {1.0}
     assert set(table["outcome"]) == {"redistribution"}
-    assert contrasts.fates(found[:1], resamples=100)["outcome"].tolist() == ["stable"]
+    assert contrasts.fates(found[:1], beta=1.0, resamples=100)["outcome"].tolist() == ["stable"]
 
 
 def test_excess_churn_is_the_lower_bound_over_prompts(tmp_path):
@@ -233,9 +233,59 @@ def test_excess_churn_is_the_lower_bound_over_prompts(tmp_path):
     turned = np.where(PLACE < 4, -1.0, 1.0)
     planted = {"a": {"a": 1.0, "b": 0.0}, "a-then-b": {"a": turned, "b": 1.0}}
     found = [write_chains(tmp_path, planted, seed=seed)[1] for seed in (0, 1)]
-    table = contrasts.fates(found, resamples=500)
+    table = contrasts.fates(found, beta=1.0, resamples=500)
     assert table["churn"].tolist() == pytest.approx([1 / 3, 1 / 3])
     assert table["excess_churn_low"].tolist() == [0.0, 0.0]
+
+
+def test_plasticity_stands_beside_every_fate(runs):
+    """What the last stage gained on its own objective, and of two the one that gained less."""
+    table = contrasts.fates(runs, beta=1.0, resamples=100).set_index(["chain", "objective", "seed"])
+    expected = {("a-then-b", "a", 0): ("b", 1.75), ("a-then-b-then-c", "a", 0): ("c", 2.0)}
+    expected |= {("a+b-then-c", "b", 0): ("c", 1.5), ("c-then-a+b", "c", 0): ("a", 2.0)}
+    expected |= {("a-then-b-then-a", "a", 0): ("a", 1.0)}
+    for key, (objective, gain) in expected.items():
+        assert table.loc[key, "later_objective"] == objective
+        assert bounds(table.loc[key], "later") == pytest.approx([gain] * 3)
+
+
+def test_one_seed_over_seeds_is_the_single_run(runs):
+    first = [run for run in runs if run.seed == 0]
+    alone = contrasts.fates(first, beta=1.0, resamples=100).drop(columns="seed")
+    over = contrasts.fates_over_seeds(first, beta=1.0, resamples=100)
+    pd.testing.assert_frame_equal(over[alone.columns], alone)
+    by_run = contrasts.order_effect(first, beta=1.0, resamples=100).drop(columns="seed")
+    pd.testing.assert_frame_equal(
+        contrasts.order_over_seeds(first, beta=1.0, resamples=100)[by_run.columns], by_run
+    )
+
+
+def test_runs_that_disagree_are_no_verdict_over_seeds(runs):
+    """Seed 0 keeps half of 1, seed 1 turns 2 into -1: each alone is clear, together two runs are not."""
+    table = contrasts.fates_over_seeds(runs, beta=1.0, resamples=200).set_index(["chain", "objective"])
+    row = table.loc[("a-then-b", "a")]
+    assert row["seeds"] == 2 and row["learned"] == pytest.approx(1.5) and row["end"] == pytest.approx(-0.25)
+    assert row["learned_low"] < 0 < row["learned_high"] and row["outcome"] == metrics.NOT_LEARNED
+    agreed = table.loc[("b-then-a", "b")]  # the same margins in both seeds
+    assert agreed["outcome"] == "stable" and bounds(agreed, "learned") == pytest.approx([1.0] * 3)
+    order = contrasts.order_over_seeds(runs, beta=1.0, resamples=200).set_index(["chain", "objective"])
+    gap = order.loc[("a-then-b", "a")]
+    assert gap["difference"] == pytest.approx((2.5 + 3.0) / 2) and gap["seeds"] == 2
+    assert gap["difference_high"] - gap["difference_low"] > 0.5
+
+
+def test_the_correction_takes_back_what_only_one_of_several_chains_shows(tmp_path):
+    """A gain just clear of zero stands alone and falls among others; p-values are those of its interval."""
+    by_prompt = np.array([0.35, 0.5, 0.65])[PLACE // 4]
+    planted = {"a": {"a": by_prompt, "b": 0.0}, "b": {"a": 0.0, "b": 0.0}}
+    planted |= {"a-then-b": {"a": 3 * by_prompt, "b": 0.0}, "b-then-a": {"a": 0.0, "b": 0.0}}
+    found = write_chains(tmp_path, planted)
+    alone = contrasts.fates_over_seeds(found[2:3], beta=1.0, resamples=2000).iloc[0]
+    assert (alone["outcome"], alone["outcome_holm"]) == ("gained", "gained") and alone["learned_p"] < 0.05
+    table = contrasts.fates_over_seeds(found, beta=1.0, resamples=2000).set_index("chain")
+    both = table.loc["a-then-b"]
+    assert (both["outcome"], both["outcome_holm"]) == ("gained", metrics.NOT_LEARNED)
+    assert both["learned_p"] == pytest.approx(2 * alone["learned_p"])
 
 
 def test_the_effect_of_the_order(runs):
@@ -272,7 +322,9 @@ def test_the_order_is_told_in_units_of_beta_and_resamples_prompts(tmp_path):
     planted |= {"a-then-b": {"a": -by_prompt, "b": 0.0}, "b-then-a": {"a": by_prompt, "b": 0.0}}
     found = contrasts.order_effect(write_chains(tmp_path, planted), beta=0.5, resamples=2000)
     row = found.set_index("objective").loc["a"]
-    assert bounds(row, "difference") == pytest.approx([1.0, 0.0, 2.0])
+    assert row["difference"] == 1.0  # and three prompts reach t / 1.96 sqrt(3 / 2) times as far as 0 to 2
+    assert bounds(row, "difference")[1:] == pytest.approx([1 - 2.69, 1 + 2.69], abs=0.9)
+    assert row[["n_prompts", "seeds"]].tolist() == [3, 1]
 
 
 def test_quartiles_by_three_keys(tmp_path):
@@ -329,13 +381,16 @@ def test_a_study_of_single_stages_has_ends_and_otherwise_empty_tables(runs):
     assert len(contrasts.ends(singles)) == 15
     tables = [
         contrasts.first_objectives(singles),
-        contrasts.fates(singles, resamples=100),
+        contrasts.fates(singles, beta=1.0, resamples=100),
         contrasts.order_effect(singles, beta=1.0, resamples=100),
         contrasts.quartile_contrast(singles, resamples=100),
         contrasts.mechanics(singles),
     ]
     assert all(table.empty and set(contrasts.KEY) < set(table.columns) for table in tables)
-    assert contrasts.decided(tables[1]) == [] and contrasts.sides(tables[2], "difference") == (0, 0)
+    over_seeds = contrasts.fates_over_seeds(singles, beta=1.0, resamples=100)
+    assert over_seeds.empty and contrasts.order_over_seeds(singles, beta=1.0, resamples=100).empty
+    assert verdicts.null_rates(tables[1], rng=np.random.default_rng(0)).empty
+    assert not verdicts.several_fates(over_seeds) and contrasts.sides(tables[2], "difference") == (0, 0)
     assert contrasts.ledger_counts(tables[4]) == {"kept": 0, "rose": 0, "closed": 0}
 
 
@@ -345,8 +400,6 @@ def test_a_missing_table_names_its_file(tmp_path):
 
 
 def test_decisions():
-    outcomes = ["stable", "undecided", metrics.UNDEFINED, "reversal", "stable"]
-    assert contrasts.decided(pd.DataFrame({"outcome": outcomes})) == ["stable", "reversal"]
     lows, highs = [-0.5, -0.5, -0.1, 0.1, 0.2], [-0.1, -0.2, 0.1, 0.3, 0.4]
     assert contrasts.sides(pd.DataFrame({"gap_low": lows, "gap_high": highs}), "gap") == (2, 2)
     measured, rest = [0.5, -0.5, 1.0, None, 0.2], [0.05, -0.05, 0.2, 0.0, -0.01]

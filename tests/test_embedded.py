@@ -9,12 +9,7 @@ from conftest import ROOT
 from seqdpo_utils.layouts import load_rows
 from seqdpo_utils.pairs import encode_table, label_agreement, pairs_of
 
-OBJECTIVES = {
-    "hh_rlhf": ("helpful", "harmless"),
-    "helpsteer2": ("helpfulness", "verbosity"),
-    "pku_saferlhf": ("helpful", "safe"),
-    "ultrafeedback": ("instruction_following", "truthfulness"),
-}
+OBJECTIVES = compose.OBJECTIVES
 
 
 def tables(layout: str) -> dict:
@@ -26,9 +21,9 @@ def tables(layout: str) -> dict:
 
 
 def test_the_generator_reproduces_the_shipped_rows():
-    for name, rows in compose.all_rows().items():
+    for name, rows in compose.composed().items():
         shipped = (compose.EMBEDDED / "rows" / name).read_text(encoding="utf-8")
-        composed = "".join(json.dumps(row) + "\n" for row in rows)
+        composed = "".join(json.dumps(row) + "\n" for row, _ in rows)
         assert shipped == composed, f"{name}: run python tests/compose.py"
 
 
@@ -76,8 +71,38 @@ def test_the_card_states_the_noise():
         assert f"`{name}`, {getattr(compose, name):.0%}" in card
 
 
+@pytest.fixture(scope="module")
+def judged():
+    return compose.classroom()
+
+
+def test_the_card_and_the_side_file_are_measured_in_the_rows(judged):
+    text = (compose.EMBEDDED / "DATACARD.md").read_text(encoding="utf-8")
+    assert text == compose.card(text, compose.measured(judged)), "run python tests/compose.py"
+    assert compose.noise_table(judged) in text and compose.rating_table() in text
+    shipped = json.loads((compose.EMBEDDED / "noise.json").read_text(encoding="utf-8"))
+    assert shipped == compose.noise(judged), "run python tests/compose.py"
+
+
+def test_a_wrong_label_is_one_against_the_parts_that_it_came_from(judged):
+    """HH by its parts, PKU by its flags, and the classroom splits as notebook 01 makes them."""
+    texts = {item["prompt"]: item for item in compose.parts("hh_helpful")}
+    labels = judged[judged["objective"].eq("helpful") & judged["layout"].eq("hh_rlhf")]
+    labels = labels.set_index("prompt_id")["label"]
+    for pair in tables("hh_rlhf")["helpful"].itertuples():
+        item = texts[json.loads(pair.prompt)[-1]["content"]]
+        assert labels[pair.prompt_id] == ("right" if pair.chosen == item["better"] else "wrong")
+    rows = load_rows(ROOT, "embedded", layout="pku_saferlhf", objective="safe")
+    safe = judged.query("layout == 'pku_saferlhf' and objective == 'safe'")["label"].value_counts()
+    flags = [(row["is_response_0_safe"], row["is_response_1_safe"], row["safer_response_id"]) for row in rows]
+    assert safe["undecided"] == sum(first == second for first, second, _ in flags)
+    assert safe["wrong"] == sum(first != second and second != label for first, second, label in flags)
+    sizes = judged.groupby(["layout", "objective"])["split"].value_counts().unstack()
+    assert (sizes[["train", "eval"]] == 32).all().all()
+
+
 def test_chance_rules_the_noise():
     one, same, other = (list(compose.hh_rows(random.Random(seed), "helpful")) for seed in (1, 1, 2))
     assert one == same != other
-    swapped = sum(a["chosen"] == b["rejected"] for a, b in zip(one, other, strict=True)) / len(one)
+    swapped = sum(a["chosen"] == b["rejected"] for (a, _), (b, _) in zip(one, other, strict=True)) / len(one)
     assert 0 < swapped < 4 * compose.LABEL_NOISE

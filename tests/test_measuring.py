@@ -2,6 +2,7 @@
 the ledger closes."""
 
 import itertools
+import types
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import adapter_of, data_for, fresh, random_pairs, trained_log
 from peft import PeftModel
+from trl import DPOTrainer
 
 from seqdpo_utils import ledger, stages
 from seqdpo_utils.errors import StudyError
@@ -400,3 +402,69 @@ def test_projection_keeps_the_earlier_loss_lower_than_the_plain_stage(later):
         trainer.train()
         losses[projection] = trainer.ledger_table()["loss_after"].iloc[-1]
     assert losses["earlier"] < losses[None] - 0.05
+
+
+def spied_gradients(trainer, *, plain: bool = False) -> tuple[list, list]:
+    """Train; prompts and weights of every step with the gradient that the optimiser was about to use."""
+    steps, prompts, step = [], [], trainer.training_step
+    if plain:  # as transformers has it: every micro-batch alike
+        trainer.get_batch_samples = types.MethodType(DPOTrainer.get_batch_samples, trainer)
+        step = types.MethodType(DPOTrainer.training_step, trainer)
+
+    def spy(model, inputs, *args):
+        loss = step(model, inputs, *args)
+        half = len(inputs["input_ids"]) // 2
+        prompts.extend(ids[mask.bool()].tolist() for ids, mask in each_row(inputs, half))
+        if trainer.accelerator.sync_gradients:
+            gradient = [p.grad.detach().clone() for p in trainer._adapter()]
+            steps.append((prompts.copy(), [p.detach().clone() for p in trainer._adapter()], gradient))
+            prompts.clear()
+        return loss
+
+    trainer.training_step = spy
+    trainer.train()
+    return steps, [p.detach().clone() for p in trainer._adapter()]
+
+
+def each_row(inputs, half):
+    return zip(inputs["input_ids"][:half], inputs["attention_mask"][:half], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sizes", "behind"),
+    [
+        (14, {"pairs_per_step": 4, "pairs_per_device": 2}, [4, 4, 4, 2]),
+        (14, {"pairs_per_step": 8, "pairs_per_device": 4}, [8, 6]),
+        (7, {"pairs_per_step": 4, "pairs_per_device": 2}, [4, 3]),
+    ],
+    ids=["short window", "short micro-batch", "both full but one pair"],
+)
+def test_every_pair_of_a_step_weighs_the_same(later, parameters, stage1, pairs, sizes, behind):
+    trainer, data = later(pairs=pairs, **NEVER, **sizes)
+    steps, _ = spied_gradients(trainer)
+    exact = Doubled(stage1, parameters.beta)
+    assert [len(prompts) for prompts, _, _ in steps] == behind
+    for prompts, weights, gradient in steps:
+        rows = [
+            next(r for r in data.rows if each[: len(r["prompt_ids"])] == r["prompt_ids"]) for each in prompts
+        ]
+        _, mean = exact.gradient(weights, rows)
+        off = float((flat(gradient) - flat(mean)).norm() / flat(mean).norm())
+        assert off < 1e-4
+    losses = stages.history_table(trainer)["loss"]
+    _, last = steps[-1][:2]
+    assert losses.iloc[-1] == pytest.approx(exact.gradient(last, rows)[0], abs=1e-4)
+
+
+def test_full_batches_train_as_transformers_does_to_the_last_bit_and_short_ones_do_not(later):
+    for pairs, same in ((16, True), (7, False)):
+        ends = [
+            spied_gradients(later(pairs=pairs, pairs_per_device=2, **NEVER)[0], plain=plain)[1]
+            for plain in (False, True)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)) == same
+
+
+def test_a_short_micro_batch_makes_no_half(trained):
+    table = trained(pairs=7, pairs_per_device=2, **EVERY).conflict_table()
+    assert table["matched_cosine"].isna().tolist() == [False, True]

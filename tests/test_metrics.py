@@ -73,11 +73,14 @@ def test_training_pairs_stay_out_of_the_matrix_and_prompts_are_counted_once():
 
 
 def test_the_bootstrap_agrees_with_scipys_when_every_prompt_has_one_pair():
-    values = RNG(1).normal(size=(60, 1))
+    values = RNG(1).lognormal(size=(60, 1))
     draws = metrics.resampled_means(values, [str(i) for i in range(60)], resamples=20000, rng=RNG(0))
     options = {"method": "percentile", "n_resamples": 20000, "rng": RNG(0)}
     theirs = stats.bootstrap((values[:, 0],), np.mean, **options).confidence_interval
-    assert metrics.interval(draws[:, 0]) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    mean, wider = values.mean(), stats.t.ppf(0.975, 59) / 1.959964 * np.sqrt(60 / 59)
+    ours = [mean + wider * (bound - mean) for bound in theirs]
+    assert metrics.interval(draws[:, 0]) == pytest.approx(ours, abs=0.02)
+    assert wider > 1.02
 
 
 def test_prompts_are_resampled_whole():
@@ -98,6 +101,37 @@ def test_columns_of_one_draw_share_their_prompts_and_the_generator_rules():
     )
     assert np.allclose(draws[:, 1] - draws[:, 0], 3)
     assert np.array_equal(draws, again) and not np.array_equal(draws, other)
+
+
+def test_the_mean_of_a_draw_is_of_pairs_where_prompts_have_unequally_many():
+    values, prompts = np.array([[0.0], [0.0], [0.0], [8.0]]), ["a", "a", "a", "b"]
+    draws = metrics.resampled_means(values, prompts, resamples=500, rng=RNG(0))
+    # residuals add up to -6 and 6: one prompt twice and the other never is 12 / 4, widened as for two prompts
+    steps = 3 * stats.t.ppf(0.975, 1) / 1.959964 * np.sqrt(2)
+    assert sorted(set(draws[:, 0].round(6))) == pytest.approx([2 - steps, 2, 2 + steps], abs=1e-4)
+
+
+def test_shares_stay_between_zero_and_one_and_margins_need_not():
+    values = np.array([[1.0, 3.0]] * 3 + [[0.5, -1.0]])
+    draws = metrics.resampled_means(values, range(4), resamples=500, rng=RNG(0))
+    assert draws[:, 0].max() == 1.0 and draws[:, 1].max() > 3.0
+
+
+def test_seeds_are_drawn_beside_prompts_and_one_seed_adds_nothing():
+    """Runs differ by 2 and prompts by nothing, or the other way round: each way of drawing sees its own."""
+    asked, runs = np.tile(range(6), 4), np.repeat(range(4), 6)
+    values = np.array([-1.0, 1.0, -1.0, 1.0])[runs][:, None]
+    by_prompt = metrics.resampled_means(values, asked, resamples=2000, rng=RNG(0))
+    crossed = metrics.resampled_means(values, asked, seeds=runs, resamples=2000, rng=RNG(0))
+    assert np.ptp(by_prompt) < 1e-12
+    # the SD over four seeds is sqrt(4 / 3), of their mean half of it; an interval spans t times that
+    deviation = stats.t.ppf(0.975, 3) / 1.959964 * np.sqrt(4 / 3) / 2
+    assert crossed.std() == pytest.approx(deviation, rel=0.05)
+    one = {"resamples": 50, "rng": RNG(1)}
+    alone = metrics.resampled_means(RNG(5).normal(size=(24, 2)), asked, seeds=np.zeros(24), **one)
+    assert np.array_equal(
+        alone, metrics.resampled_means(RNG(5).normal(size=(24, 2)), asked, resamples=50, rng=RNG(1))
+    )
 
 
 def planted(
@@ -123,7 +157,8 @@ def transfer(chain: str, means: dict[str, list[float]], **options: float) -> pd.
 
 
 def values(table: pd.DataFrame) -> dict[tuple[str, str, str], float]:
-    return {key: round(value, 9) for key, value in table["value"].items()}
+    """Without D(c), which has a test of its own."""
+    return {key: round(value, 9) for key, value in table["value"].items() if key[2][:2] != "D("}
 
 
 def test_transfer_by_hand():
@@ -207,41 +242,93 @@ def test_the_intervals_of_transfer_resample_prompts_and_pair_their_checkpoints()
     wide = metrics.wide_margins(measures, "a")
     of_prompts = wide.groupby("prompt_id")["a"].mean().std() / np.sqrt(wide["prompt_id"].nunique())
     gain = table.loc[("a", "learned")]
-    assert (gain["high"] - gain["low"]) / (2 * 1.96) == pytest.approx(of_prompts, rel=0.12)
+    t = stats.t.ppf(0.975, wide["prompt_id"].nunique() - 1)
+    assert (gain["high"] - gain["low"]) / (2 * t) == pytest.approx(of_prompts, rel=0.06)
 
 
 def test_retention_of_what_was_not_learned_is_undefined_with_a_reason():
     table = transfer("a-then-b", {"a": [0, 0.01, 1.0], "b": [0, 0, 1]}, spread=1.0)
     row = table.loc[("a", "a", "retention")]
     assert pd.isna(row["value"]) and "stage 1 did not learn" in row["note"]
-    assert metrics.outcome(row["low"], row["high"]) == metrics.UNDEFINED
+    fate = metrics.fate(table.reset_index(), Chain.parse("a-then-b"), "a")
+    assert metrics.outcome(fate) == metrics.NOT_LEARNED and pd.isna(fate["retention_low"])
     third = transfer("c-then-a-then-b", {"a": [0, 0, 0.01, 1.0]}, spread=1.0)
     assert "stage 2 did not learn" in third.loc[("a", "c-then-a", "retention"), "note"]
 
 
+def test_the_contrasts_by_hand_and_what_stands_beside_a_fate():
+    """With gain 2 and end 1: D(0.9) = -0.8, D(1.1) = -1.2; of two last objectives that which gained less."""
+    found = transfer("a-then-b+c", {"a": [0, 2.0, 1.0], "b": [0, 0.5, 3.0], "c": [0, 0.25, 0.5]})
+    contrasts = {name: found.loc[("a", "a", name), "value"] for name in ("D(0)", "D(0.9)", "D(1.1)")}
+    assert contrasts == pytest.approx({"D(0)": 1.0, "D(0.9)": -0.8, "D(1.1)": -1.2})
+    fate = metrics.fate(found.reset_index(), Chain.parse("a-then-b+c"), "a")
+    means = {name: fate[name] for name in ("learned", "backward", "retention", "later")}
+    assert means == pytest.approx({"learned": 2.0, "backward": -1.0, "retention": 0.5, "later": 0.25})
+    assert [fate[name] for name in metrics.DECIDING] == pytest.approx([2.0, 1.0, -0.8, -1.2])
+    assert fate["later_objective"] == "c" and fate["later_low"] == pytest.approx(0.25)
+    for name, quantity in metrics.FATE.items():
+        row = found.loc[("a", "a", quantity)]
+        assert (fate[f"{name}_low"], fate[f"{name}_high"]) == (row["low"], row["high"])
+
+
+def test_seeds_widen_the_intervals_of_transfer_where_runs_differ():
+    """Two runs gain 1 and 3: 2 on average, and two runs say next to nothing of it."""
+    runs = [
+        planted("a-then-b", {"a": [0, gain, 1.0]}).assign(seed=seed) for seed, gain in ((0, 1.0), (1, 3.0))
+    ]
+    both = (pd.concat(runs, ignore_index=True), Chain.parse("a-then-b"), ["a"])
+    table = metrics.transfer(*both, resamples=500, rng=RNG(0)).set_index("quantity")
+    assert table.loc["learned", "value"] == pytest.approx(2.0) and table.loc["learned", "low"] < 0
+    alone = metrics.transfer(runs[0], *both[1:], resamples=500, rng=RNG(0))
+    without = metrics.transfer(runs[0].drop(columns="seed"), *both[1:], resamples=500, rng=RNG(0))
+    pd.testing.assert_frame_equal(alone, without)
+
+
+def evidence(learned: float, end: float, *, reach: float = 0.05) -> dict[str, float]:
+    """Contrasts of planted means, each with an interval of the same half-width."""
+    means = {
+        "learned": learned,
+        "end": end,
+        "over_lower": end - 0.9 * learned,
+        "over_upper": end - 1.1 * learned,
+    }
+    bounds = {f"{name}_low": mean - reach for name, mean in means.items()}
+    return bounds | {f"{name}_high": mean + reach for name, mean in means.items()}
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "name"),
+    ("learned", "end", "reach", "name"),
     [
-        (1.2, 1.5, "positive transfer"),
-        (0.95, 1.05, "stable"),
-        (0.2, 0.7, "partial degradation"),
-        (-0.5, -0.1, "reversal"),
-        (0.5, 1.2, "undecided"),
-        (-0.1, 0.4, "undecided"),
-        (1.05, 1.3, "undecided"),
-        (None, None, metrics.UNDEFINED),
-        (pd.NA, pd.NA, metrics.UNDEFINED),
+        (1.0, 1.2, 0.05, "gained"),
+        (1.0, 1.12, 0.05, "not lost"),
+        (1.0, 1.0, 0.05, "stable"),
+        (1.0, 1.04, 0.05, "stable"),
+        (1.0, 0.96, 0.05, "stable"),
+        (1.0, 1.08, 0.05, "not lost"),
+        (1.0, 0.92, 0.05, "not gained"),
+        (1.0, 1.0, 0.15, "undecided"),
+        (1.0, 0.84, 0.05, "lost: partial"),
+        (1.0, 0.04, 0.05, "lost, extent open"),
+        (1.0, -0.04, 0.05, "lost, extent open"),
+        (1.0, -0.06, 0.05, "lost: reversal"),
+        (0.04, 1.0, 0.05, metrics.NOT_LEARNED),
+        (-1.0, -1.0, 0.05, metrics.NOT_LEARNED),
+        (0.05, 0.5, 0.05, metrics.NOT_LEARNED),
+        (0.41, 0.016, 0.2, "lost, extent open"),
     ],
 )
-def test_the_outcome_rule(low, high, name):
-    assert metrics.outcome(low, high) == name
+def test_the_outcome_rule(learned, end, reach, name):
+    """The last but one touches zero; the last is what a rule of ratios called undecided."""
+    assert metrics.outcome(evidence(learned, end, reach=reach)) == name
 
 
 def test_stable_is_redistribution_when_more_pairs_changed_sides_than_two_seeds_explain():
-    assert metrics.outcome(0.95, 1.05, excess_churn_low=0.02) == "redistribution"
-    assert metrics.outcome(0.95, 1.05, excess_churn_low=-0.02) == "stable"
-    assert metrics.outcome(0.95, 1.05, excess_churn_low=pd.NA) == "stable"
-    assert metrics.outcome(0.2, 0.7, excess_churn_low=0.5) == "partial degradation"
+    stable = evidence(1.0, 1.0)
+    assert metrics.outcome(stable, excess_churn_low=0.02) == "redistribution"
+    assert metrics.outcome(stable, excess_churn_low=-0.02) == "stable"
+    assert metrics.outcome(stable, excess_churn_low=0.0) == "stable"
+    assert metrics.outcome(stable, excess_churn_low=pd.NA) == "stable"
+    assert metrics.outcome(evidence(1.0, 0.5), excess_churn_low=0.5) == "lost: partial"
 
 
 def test_a_gain_has_three_readings():

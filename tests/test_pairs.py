@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from seqdpo_utils import pairs
+from seqdpo_utils import pairs, params
 from seqdpo_utils.errors import StudyError
 
 
@@ -237,6 +237,22 @@ def test_prepare_accounts_for_every_embedded_row(root, tokenizer, parameters):
     by = counts.set_index(["objective", "what"])["rows"]
     assert by["helpful", "pairs for train"] == parameters.train_pairs
     assert by["helpful", "pairs for eval"] == parameters.eval_pairs
+
+
+@pytest.mark.parametrize("max_length", [80, 256])
+@pytest.mark.parametrize(
+    "setting", ["distributional_conflict", "attribute_interaction", "safety_signal", "compatible_quality"]
+)
+def test_every_row_read_ends_in_exactly_one_line(root, tokenizer, setting, max_length):
+    given = params.resolve(root, scale="smoke", setting=setting).model_copy(update={"max_length": max_length})
+    given = given.model_copy(update={"train_pairs": 5, "eval_pairs": 4})
+    _, counts = pairs.prepare(given, tokenizer, root=root)
+    ends = counts["what"].str.startswith(("joined", "dropped", "pairs for", "left over"))
+    read = counts[counts["what"] == "rows read"].set_index("objective")["rows"]
+    assert counts[ends].groupby("objective")["rows"].sum().to_dict() == read.to_dict()
+    assert counts["rows"].ge(0).all() and not counts.duplicated(["objective", "what"]).any()
+    joined = counts[counts["what"].str.startswith("joined")]["rows"].tolist()
+    assert joined == ([180, 180] if setting == "attribute_interaction" else [])
 
 
 def test_the_fingerprint_sees_labels_and_splits():
