@@ -20,6 +20,7 @@ The notebooks argue, this package computes. Each module imports only from those 
     stages       one stage: its pairs, the proof of its reference, training, what it leaves
     metrics      margins, accuracies, transfer, quartiles
     rivals       other explanations of a loss
+    verdicts     several verdicts at once: Holm's correction, how often the rule errs
     contrasts    tables across chains
     charts       figures
 

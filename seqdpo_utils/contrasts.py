@@ -19,8 +19,7 @@ from seqdpo_utils.chains import Chain
 from seqdpo_utils.conflict import conflict_verdict
 from seqdpo_utils.ledger import segments
 from seqdpo_utils.movement import whole_adapter
-from seqdpo_utils.paths import RunPaths, read_chain, read_table
-from seqdpo_utils.records import read_scores
+from seqdpo_utils.paths import RunPaths, read_chain, read_scores, read_table
 from seqdpo_utils.verdicts import holm, p_value
 
 KEY = ["setting", "chain", "objective", "seed"]

@@ -214,6 +214,13 @@ def read_chain(run: RunPaths, name: str) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else tables[-1]
 
 
+def read_scores(run: RunPaths) -> pd.DataFrame:
+    """Per-pair records of the base and of every stage of a chain, one below the other."""
+    import pandas as pd
+
+    return pd.concat([read_table(run.base_scores), read_chain(run, "scores")], ignore_index=True)
+
+
 def read_report(records: Path) -> dict[str, Any]:
     """What was noted when a file of records was written: pairs, seconds, which pass, rounding.
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.pairs import encode_table
-from seqdpo_utils.paths import REPORT_KEY, RunPaths, read_chain, read_table, write_table, write_whole
+from seqdpo_utils.paths import REPORT_KEY, write_table, write_whole
 from seqdpo_utils.scoring import PromptRow, Scorer, bare_model, prompt_rows, rounding
 
 CHUNK_PAIRS = 4096
@@ -227,11 +227,6 @@ def prompt_chunks(files: Sequence[Path], splits: Sequence[str]) -> Iterator[pd.D
         chunk = source.to_table(columns=[*_NAMES, *_TEXTS], filter=here).to_pandas()
         if len(chunk):
             yield chunk
-
-
-def read_scores(run: RunPaths) -> pd.DataFrame:
-    """Per-pair records of the base and of every stage of the chain, one below the other."""
-    return pd.concat([read_table(run.base_scores), read_chain(run, "scores")], ignore_index=True)
 
 
 def records_of(scores: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -69,7 +69,7 @@ def conflict(stage: int, earlier: tuple[str, ...]) -> pd.DataFrame:
     for objective in earlier:
         place = {"stage": stage, "previous_objective": objective}
         for step, shift in enumerate((-0.1, 0.1)):
-            across = (0.2 if objective == "a" else -0.9) + shift
+            across = (0.2 if objective == "a" else -0.9) + shift / 2
             within = {"within_cosine": 0.5 - shift, "within_new_cosine": 0.7 + 2 * shift}
             rows.append(place | {"step": step, "matched_cosine": across} | within)
     return pd.DataFrame(rows, columns=list(CONFLICT_COLUMNS))
@@ -272,6 +272,10 @@ def test_runs_that_disagree_are_no_verdict_over_seeds(runs):
     gap = order.loc[("a-then-b", "a")]
     assert gap["difference"] == pytest.approx((2.5 + 3.0) / 2) and gap["seeds"] == 2
     assert gap["difference_high"] - gap["difference_low"] > 0.5
+    alone = [run for run in runs if run.chain in ("a-then-b", "b-then-a")]
+    few = contrasts.order_over_seeds(alone, beta=1.0, resamples=200).set_index("objective")
+    p = verdicts.p_value(*bounds(few.loc["a"], "difference"), df=1)  # two seeds, though three prompts
+    assert few.loc["a", "difference_p"] == pytest.approx(p)
 
 
 def test_the_correction_takes_back_what_only_one_of_several_chains_shows(tmp_path):

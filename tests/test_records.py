@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from seqdpo_utils import models, pairs, records, scoring
+from seqdpo_utils import models, pairs, paths, records, scoring
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.paths import RunPaths, read_report, write_table
 from seqdpo_utils.scoring import Scorer
@@ -187,9 +187,9 @@ def test_scores_of_a_chain_are_those_of_the_base_and_of_every_stage(tmp_path):
         [run.base_scores, *(node.scores for node in run.lineage)], checkpoints, strict=True
     ):
         write_table(place, pd.DataFrame({"pair_id": ["x", "y"], "checkpoint": name}))
-    scores = records.read_scores(run)
+    scores = paths.read_scores(run)
     assert scores["checkpoint"].tolist() == [name for name in checkpoints for _ in range(2)]
     assert scores.index.tolist() == list(range(8))
     run.at("a-then-b").scores.unlink()
     with pytest.raises(StudyError, match="is missing"):
-        records.read_scores(run)
+        paths.read_scores(run)
