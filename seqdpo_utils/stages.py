@@ -286,9 +286,8 @@ def unfinished_folder(run: RunPaths, *, parameters: Parameters, fingerprints: di
     """Folder for the checkpoints of a stage that is under way.
 
     Its name is a hash of all that shapes the stage: parameters, fingerprints, adapter of the stage before,
-        and this
-    package's code. So a run that was killed finds its checkpoints, and one that differs in anything does not;
-    what it finds of others it deletes.
+    and this package's code. So a run that was killed finds its checkpoints, and one that differs in anything
+    does not; what it finds of others it deletes.
     """
     code = hash_files(sorted(Path(__file__).parent.glob("*.py")))
     previous = read_json(run.previous / "manifest.json")["adapter_sha256"]
