@@ -158,3 +158,12 @@ def test_remote_code_and_unsafe_loading_stay_out():
             and "torch.load(" not in text
             and "pickle" not in text
         ), path.name
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_no_formula_is_broken_over_two_lines(file):
+    """The pages read `$...$` within a line; one that is broken stands there raw."""
+    for cell in json.loads(file.read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            inline = re.sub(r"\$\$.*?\$\$", "", "".join(cell["source"]), flags=re.DOTALL)
+            assert all(line.count("$") % 2 == 0 for line in inline.splitlines()), cell["id"]
