@@ -25,7 +25,7 @@ MEANING = {
     "near-orthogonal": "freed of noise, the cosine is negligible: within 0.2 of zero",
     UNDECIDED: "each objective agrees with itself, but the interval is too wide",
 }
-FIRST_ORDER = "first-order change (this step, drawn pairs)"
+FIRST_ORDER = "first-order change"
 """What pages call the column `ledger` of a conflict table; the forgetting ledger is another thing."""
 LEVEL = 0.99
 """Of every interval here. A study asks of about eight chains: were all its gradients orthogonal, 95 % would

@@ -54,7 +54,8 @@ def snakemake(folder: Path, *words: str, **config: object) -> subprocess.Complet
     """Snakemake alone, with the configuration that `study` would write."""
     file = folder / "config.json"
     file.write_text(json.dumps({"scale": "smoke", "seeds": [0], "overrides": {}} | config))
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(file), *words]
+    # the configuration last: snakemake takes every word after --configfile for a file
+    command = [sys.executable, "-m", "snakemake", *words, "--cores", "2", "--configfile", str(file)]
     options = {
         "cwd": folder,
         "env": environment(folder),
