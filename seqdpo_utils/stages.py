@@ -39,6 +39,7 @@ from seqdpo_utils.models import (
     load_base,
     lora_config,
     save_adapter,
+    start_adapter,
 )
 from seqdpo_utils.pairs import encode_table, part_of, replay, shuffle_labels, turn_labels
 from seqdpo_utils.params import SHAPING, Parameters, varied
@@ -387,6 +388,8 @@ def begin_stage(
         root, parameters.base_model, dtype=parameters.dtype, revision=parameters.base_model_revision,
         attention=parameters.attention, quantization=parameters.quantization,
     )  # fmt: skip
+    if run.previous == run.start:
+        start_adapter(root, parameters, run.start)  # a study made it; a notebook run by hand makes it now
     folder = unfinished_folder(run, parameters=parameters, fingerprints=data.fingerprints)
     options = {"parameters": parameters, "output_dir": folder, "previous": run.previous}
     return stage_trainer(base, tokenizer, data, **options)

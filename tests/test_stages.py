@@ -474,3 +474,22 @@ def test_replayed_pairs_take_the_place_of_some_as_their_own_stage_saw_them(run):
     assert table["pair_id"].is_unique and (table[table["objective"] == "b"]["chosen"] == "yes").all()
     with pytest.raises(StudyError, match=r"replay|few"):
         stages.training_pairs(run, PLAIN | {"replay": 0.01})
+
+
+def test_a_first_stage_by_hand_makes_its_start_adapter_once(root, tokenizer, parameters, run):
+    """As in a notebook opened without a study before it; a second trainer begins with the same adapter."""
+    pairs = random_pairs(4)
+    data = dataclasses.replace(data_for(fresh(), pairs), fingerprints={"data": "1"})
+    first = run.at("a")
+    begun = [
+        stages.begin_stage(
+            root, first, tokenizer, data, parameters=parameters.model_copy(update={"chain": "a"})
+        )
+        for _ in range(2)
+    ]
+    start = load_file(first.start / "adapter_model.safetensors")
+    for trainer in begun:
+        weights = {name.replace(".default", ""): p for name, p in adapter_of(trainer).items()}
+        assert weights.keys() == start.keys() and all(
+            torch.equal(p, start[name]) for name, p in weights.items()
+        )
