@@ -112,8 +112,7 @@ def base_model(wildcards):
 
 def start_parameters(wildcards):
     flat = resolved(next(iter(CHAINS)), seed=int(wildcards.seed)).model_dump()
-    model = [key for key in params.Model.model_fields if key not in ("beta", "pairs_per_device")]
-    return json.dumps({key: flat[key] for key in (*model, "attention", "scale", "seed")}, sort_keys=True)
+    return json.dumps({key: flat[key] for key in ("scale", *params.START)}, sort_keys=True)
 
 
 rule start:

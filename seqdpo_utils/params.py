@@ -151,6 +151,8 @@ class Parameters(Scale, Setting):
 
 SHAPING = (*Model.model_fields, *Training.model_fields, "seed")
 """Parameters that the weights of a stage depend on; its manifest keeps them."""
+START = ("seed", *(key for key in Model.model_fields if key not in ("beta", "pairs_per_device")))
+"""Parameters that the adapter before training depends on."""
 _CHAIN_KEYS = ("scale", "setting", "chain", "seed")
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from seqdpo_utils.chains import Chain
+from seqdpo_utils.chains import THEN, Chain
 from seqdpo_utils.divergence import base_divergence
 from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.errors import StudyError
@@ -347,7 +347,7 @@ def stage_trainer(
     look_back = LookBack()
     if data.earlier:
         keys = ("conflict_every", "conflict_pairs", "ledger_every", "probe_pairs", "projection")
-        number = parameters.chain.count("-then-") + 1
+        number = parameters.chain.count(THEN) + 1
         look_back = LookBack(data.earlier, stage=number, **{key: getattr(parameters, key) for key in keys})
     trainer = MeasuringDPOTrainer(
         base,

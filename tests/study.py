@@ -39,15 +39,13 @@ def study_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "seqdpo_utils", "study", "--scale", "smoke", *words]
 
 
+def _run(folder: Path, command: list[str]) -> subprocess.CompletedProcess:
+    around = {"cwd": folder, "env": environment(folder)}
+    return subprocess.run(command, **around, capture_output=True, text=True, check=False)
+
+
 def run_study(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    options = {
-        "cwd": folder,
-        "env": environment(folder),
-        "capture_output": True,
-        "text": True,
-        "check": False,
-    }
-    return subprocess.run(study_command(*words), **options)
+    return _run(folder, study_command(*words))
 
 
 def snakemake(folder: Path, *words: str, **config: object) -> subprocess.CompletedProcess:
@@ -56,14 +54,7 @@ def snakemake(folder: Path, *words: str, **config: object) -> subprocess.Complet
     file.write_text(json.dumps({"scale": "smoke", "seeds": [0], "overrides": {}} | config))
     # the configuration last: snakemake takes every word after --configfile for a file
     command = [sys.executable, "-m", "snakemake", *words, "--cores", "2", "--configfile", str(file)]
-    options = {
-        "cwd": folder,
-        "env": environment(folder),
-        "capture_output": True,
-        "text": True,
-        "check": False,
-    }
-    return subprocess.run(command, **options)
+    return _run(folder, command)
 
 
 STUB = """

@@ -14,6 +14,7 @@ from latex2mathml.converter import convert
 from markupsafe import Markup
 from nbconvert.filters import markdown2html
 
+from seqdpo_utils.chains import THEN
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.paths import read_table, write_whole
 
@@ -108,7 +109,7 @@ def _index(results: Path, links: dict[str, list[tuple[str, str]]]) -> dict[str, 
     settings: dict[str, dict[str, Any]] = {}
     for place, pages in links.items():
         setting, _, chain = place.partition("/")
-        name = chain.replace("-then-", ", then ").replace("+", " + ").replace("/seed-", ", seed ")
+        name = chain.replace(THEN, ", then ").replace("+", " + ").replace("/seed-", ", seed ")
         settings.setdefault(setting, {})[name or "every chain"] = pages
     rows = read_table(claims).to_dict("records") if claims.is_file() else []
     shown = {"first": first, "claims": rows, "settings": settings, "headline": _headline(results)}
