@@ -247,13 +247,21 @@ def resolve(
     if "source" not in (overrides or {}):
         values["source"] = source_of(root, rows=plain.rows, hub_id=plain.source)
         plain = plain.model_copy(update={"source": values["source"]})
-    if not chain:
-        return plain
-    parsed = Chain.parse(chain)
+    return for_chain(root, plain, chain) if chain else plain
+
+
+def for_chain(root: Path, plain: Parameters, chain: str) -> Parameters:
+    """Parameters of a setting as the last stage of a chain has them.
+
+    Raises:
+        StudyError: for a chain that the setting cannot run, and for a stage whose variants would change
+            nothing.
+    """
+    parsed, plain = Chain.parse(chain), plain.model_copy(update={"chain": chain})
     check_chain(parsed, objectives=plain.objectives, variants=variants(root))
     for beginning in parsed.lineage:
         changes = varied(root, beginning.last)
-        shaped = _validated(values | changes, origin | dict.fromkeys(changes, f"stage '{beginning.last}'"))
+        shaped = _validated(dict(plain) | changes, dict.fromkeys(changes, f"stage '{beginning.last}'"))
         _check_effect(plain, shaped, beginning)
     return shaped
 
@@ -423,8 +431,10 @@ def chosen_chains(
             have = "; ".join(f"{each.setting} has {', '.join(each.objectives)}" for each in settings)
             raise StudyError(f"chain '{chain}' holds objectives that no chosen setting has: {have}.")
         for each in takers:
-            check_chain(chain, objectives=each.objectives, variants=variants(root))
             found[each.setting].append(chain)
+    for each in settings:
+        for chain in found[each.setting]:
+            for_chain(root, each, str(chain))  # refused here, before anything is started
     return {setting: list(dict.fromkeys(map(str, chains))) for setting, chains in found.items() if chains}
 
 

@@ -228,6 +228,8 @@ def test_the_kernel_sees_the_one_gpu_that_is_held(root, tmp_path, monkeypatch, w
         (["study", "--design", "both_order"], "both_order.yaml is not among designs"),
         (["study", "--chains", "helpful-then-kind"], "holds objectives that no chosen setting has"),
         (["study", "--chains", "helpful.shufled"], "unknown variant 'shufled'"),
+        (["study", "--chains", "helpful.ref50"], "reference = 0.5 needs a stage before"),
+        (["study", "--chains", "helpful.half", "--set", "train_share=0.5"], "change nothing; leave them out"),
         (["appendix", "--scale", "../x"], "not a name"),
     ],
 )
