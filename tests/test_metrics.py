@@ -389,3 +389,21 @@ def test_highest_minus_lowest_by_hand_and_regression_to_the_mean_without_any_tra
     assert regressed["difference_high"] < -0.5
     crossed = metrics.highest_minus_lowest(drift, other, resamples=200, rng=RNG(0))
     assert crossed["difference_low"] < 0 < crossed["difference_high"]
+
+
+def test_a_small_margin_is_right_and_a_change_beyond_a_hundredth_counts():
+    """One token an answer, so that sums are margins: 0.02 above zero is right; 0.008 more is no change."""
+    pairs = pd.DataFrame(
+        {"pair_id": list("wxyz"), "prompt_id": list("wxyz"), "objective": "a", "split": "eval"}
+    )
+    counts = {"rejected_logp": -1.0, "chosen_tokens": 1, "rejected_tokens": 1}
+    before, after = [0.02, 0.02, 0.02, -0.02], [0.028, 0.035, 0.005, -0.02]
+    steps = {"base": before, "a": before, "a-then-b": after}
+    rows = [
+        pairs.assign(checkpoint=name, chosen_logp=[-1 + m for m in each], **counts)
+        for name, each in steps.items()
+    ]
+    measures = metrics.pair_measures(pd.concat(rows, ignore_index=True), beta=1.0)
+    assert measures["policy_accuracy"].tolist() == [1, 1, 1, 0] * 3
+    found = metrics.pair_change(measures, "a", before="a", after="a-then-b").set_index("pair_id")["effect"]
+    assert found.reindex(list("wxyz")).tolist() == ["unchanged", "helped", "harmed", "unchanged"]
