@@ -10,7 +10,7 @@ from pathlib import Path
 
 from seqdpo_utils import params
 from seqdpo_utils.batch.notebooks import helper_files, notebook_parameters
-from seqdpo_utils.chains import STAGE_PATTERN, THEN, Chain, tree
+from seqdpo_utils.chains import STAGE_PATTERN, THEN, Chain, controls, tree
 from seqdpo_utils.layouts import EMBEDDED
 from seqdpo_utils.paths import RunPaths
 
@@ -29,6 +29,7 @@ if "chains" not in config:  # started by hand: all settings in both orders
     everything = [resolved(name) for name in params.settings_of(ROOT)]
     config["chains"] = params.chosen_chains(ROOT, everything, designs=["both_orders"])
 CHAINS = config["chains"]
+EXPERIMENTS = config.get("notebooks", [])  # those that compare the chains of a design
 SEEDS = config.get("seeds", [0])
 GPUS = int(config.get("gpus", 0))
 GPU = min(GPUS, 1)  # a computing notebook takes one GPU for itself, where there are any
@@ -42,6 +43,7 @@ wildcard_constraints:
     setting="|".join(CHAINS),
     chain=f"{STAGE_PATTERN}({THEN}{STAGE_PATTERN})*",
     seed="[0-9]+",
+    experiment="|".join(EXPERIMENTS) or "none",
 
 
 @cache
@@ -83,9 +85,25 @@ def previous(wildcards):
     return node_of(wildcards).previous / "manifest.json"
 
 
-def lineage(name):
-    """A file of every beginning of a chain, itself included."""
-    return lambda wildcards: [getattr(node, name) for node in node_of(wildcards).lineage]
+def lineage(*names):
+    """Files of every beginning of a chain, itself included, and of its controls in this study."""
+
+    def files(wildcards):
+        node = node_of(wildcards)
+        nodes = [*node.lineage, *(node.at(chain) for chain in controls_of(wildcards))]
+        return [getattr(each, name) for each in nodes for name in names]
+
+    return files
+
+
+def controls_of(wildcards):
+    """The chains of this study that show what any later stage does, beside the chain's own."""
+    return sorted(controls(Chain.parse(wildcards.chain), CHAINS[wildcards.setting]).values())
+
+
+def compared(number):
+    """The parameters of a notebook that shows a chain beside its controls."""
+    return lambda wildcards: given(number, wildcards, controls=controls_of(wildcards))
 
 
 NOTEBOOK = (
@@ -151,7 +169,8 @@ rule data_preparation:
     shell: COMPUTING
 
 
-STAGE = [NODE.manifest, NODE.history, NODE.scores, NODE.kl, NODE.conflict, NODE.ledger]
+STAGE = [NODE.manifest, NODE.history, NODE.scores, NODE.kl]
+STAGE += [NODE.conflict, NODE.ledger, NODE.ledger_pairs, NODE.within]
 
 
 rule first_stage:
@@ -186,14 +205,14 @@ rule record:
 rule evaluation:
     input: code=needs("04"), base=NODE.base_scores, scores=lineage("scores")
     output: NODE.table("stage_matrix"), NODE.table("transfer"), page=page("04")
-    params: given=lambda w: given("04", w), label=lambda w: f"04 {w.setting} {w.chain} seed {w.seed}"
+    params: given=compared("04"), label=lambda w: f"04 {w.setting} {w.chain} seed {w.seed}"
     shell: NOTEBOOK
 
 
 rule pair_diagnostics:
     input: code=needs("05"), base=NODE.base_scores, scores=lineage("scores")
     output: NODE.table("pair_change"), NODE.table("quartiles"), page=page("05")
-    params: given=lambda w: given("05", w), label=lambda w: f"05 {w.setting} {w.chain} seed {w.seed}"
+    params: given=compared("05"), label=lambda w: f"05 {w.setting} {w.chain} seed {w.seed}"
     shell: NOTEBOOK
 
 
@@ -201,9 +220,9 @@ DERIVED = ["subspace", "ledger", "displacement", "log_probabilities", "kl", "len
 
 
 rule mechanistic_diagnostics:
-    input: code=needs("06"), base=NODE.base_scores, adapters=lineage("manifest"), scores=lineage("scores")
+    input: code=needs("06"), base=NODE.base_scores, stages=lineage("manifest", "scores")
     output: NODE.movement, *(NODE.table(name) for name in DERIVED), page=page("06")
-    params: given=lambda w: given("06", w), label=lambda w: f"06 {w.setting} {w.chain} seed {w.seed}"
+    params: given=compared("06"), label=lambda w: f"06 {w.setting} {w.chain} seed {w.seed}"
     shell: NOTEBOOK
 
 
@@ -220,6 +239,23 @@ rule across_settings:
     shell: NOTEBOOK
 
 
+EXPERIMENT = f"runs/{SCALE}/summary/notebooks/{{experiment}}.ipynb"
+
+
+rule experiment:
+    input:
+        code=lambda w: needs(w.experiment[:2]),
+        moved=each(NODE.movement, CHAINS),
+        runs=each(NODE.run_json, TREE),
+    output: page=EXPERIMENT
+    params:
+        given=lambda w: given(w.experiment[:2], w, chains=CHAINS, seeds=SEEDS),
+        label=lambda w: w.experiment.replace("_", " "),
+    threads: SHARE
+    resources: gpu=GPU
+    shell: COMPUTING
+
+
 PER_CHAIN = [file for number in ("04", "05", "06") for file in each(page(number), CHAINS)]
 FIRST = {name: [chain for chain in TREE[name] if THEN not in chain] for name in TREE}
 LATER = {name: [chain for chain in TREE[name] if THEN in chain] for name in TREE}
@@ -233,6 +269,7 @@ rule appendix:
         *each(page("02"), FIRST),
         *each(page("03"), LATER),
         *PER_CHAIN,
+        expand(EXPERIMENT, experiment=EXPERIMENTS),
         "seqdpo_utils/batch/pages.py",
         sorted(Path("seqdpo_utils/batch/templates").iterdir()),
     output: f"runs/{SCALE}/appendix/index.html"

@@ -18,10 +18,17 @@ The notebooks argue, this package computes. Each module imports only from those 
     ledger       what a stage's steps did to an earlier loss
     measuring    TRL's trainer, which also looks back at earlier objectives
     stages       one stage: its pairs, the proof of its reference, training, what it leaves
-    metrics      margins, accuracies, transfer, quartiles
+    metrics      margins, accuracies, transfer, outcomes
+    redistribution  which pairs moved: quartiles, what was kept of what was learned
     rivals       other explanations of a loss
     verdicts     several verdicts at once: Holm's correction, how often the rule errs
+    power        what a study of a given size can decide, and at what cost
     contrasts    tables across chains
+    dial         what the instruments read where the opposition is known
+    compatibility  what was known before a later stage, beside what then happened
+    mixing       adapters mixed without training, and where every remedy ends
+    controls     what a later stage's labels do, beside what any later training does
+    plasticity   forgetting at equal plasticity: projected steps, the reference axis
     charts       figures
 
 What runs the notebooks has a room of its own:

@@ -9,7 +9,7 @@ order, its variants in the order of the alphabet.
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -147,6 +147,27 @@ def check_chain(chain: Chain, *, objectives: Sequence[str], variants: Iterable[s
 def tree(chains: Iterable[Chain]) -> list[Chain]:
     """The chains and all their beginnings, each once: what has to be trained."""
     return list(dict.fromkeys(beginning for chain in chains for beginning in chain.lineage))
+
+
+SHUFFLED, AGAIN = "shuffled labels", "the same again"
+"""The two controls of a later stage: labels at random, and the first stage's own objectives once more."""
+
+
+def controls(chain: Chain, among: Collection[str]) -> dict[str, str]:
+    """The chains that show what any later stage does, for a chain whose last stage has no variants.
+
+    Args:
+        chain: whose last stage is questioned.
+        among: texts of the chains of the study.
+
+    Returns:
+        Kind (`SHUFFLED`, `AGAIN`) to the text of the chain; only those in `among`.
+    """
+    if chain.parent is None or chain.last.variants:
+        return {}
+    last = {SHUFFLED: Stage(chain.last.objectives, ("shuffled",)), AGAIN: Stage(chain.stages[0].objectives)}
+    named = {kind: str(Chain((*chain.parent.stages, stage))) for kind, stage in last.items()}
+    return {kind: text for kind, text in named.items() if text in among and text != str(chain)}
 
 
 def expand(templates: Sequence[str], objectives: Sequence[str]) -> tuple[list[Chain], list[str]]:

@@ -15,6 +15,10 @@ import vl_convert
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 
+from seqdpo_utils.chains import AGAIN, SHUFFLED, THEN
+from seqdpo_utils.dial import NEW, SEEN
+from seqdpo_utils.ledger import PARTS
+
 Figure = alt.TopLevelMixin
 Names = Sequence[str]
 Labels = Mapping[str, str]
@@ -25,6 +29,10 @@ STAGE_COLOURS = [GREY, "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a", "#6d4c41", "#
 OBJECTIVE_COLOURS = ["#00796b", "#ad1457", "#5d4037", "#455a64", "#827717"]
 NEGATIVE, POSITIVE = "#c62828", "#1565c0"
 SIDES = {"chosen": POSITIVE, "rejected": NEGATIVE}
+EARLIER = {"train": "training pairs", "probe": "held-out pairs"}
+"""What pages call the two kinds of pairs of an earlier objective on which gradients are measured."""
+GHOSTS = {SHUFFLED: GREY, AGAIN: PALE}
+"""Colours of controls, which tables of a chain name in a column `control`; "" there is the chain itself."""
 WIDTH = 520
 HISTOGRAM_BINS, SCATTER_CELLS = 25, 36
 """Charts are drawn from aggregates, so that ten thousand pairs cost what a hundred do."""
@@ -137,8 +145,19 @@ def _by_checkpoint(table: pd.DataFrame, labels: Labels) -> tuple[alt.Chart, int]
     """A chart of the table by checkpoint, in the order of its rows, and a width that fits the labels."""
     named = table.assign(checkpoint=[labels[name] for name in table["checkpoint"]])
     axis = alt.Axis(labelAngle=0, labelLimit=128)
-    x = alt.X("checkpoint:N", sort=None, title="checkpoint", axis=axis)
+    x = alt.X("checkpoint:N", sort=list(named["checkpoint"].unique()), title="checkpoint", axis=axis)
     return alt.Chart(named).encode(x=x), max(220, 130 * named["checkpoint"].nunique())
+
+
+def _ghosted(table: pd.DataFrame, by: str, colours: Labels) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The table, and encodings that give each value of `by` its colour and a slot, its controls grey ones."""
+    control = table.get("control", pd.Series("", table.index))
+    kinds = [kind for kind in control.unique() if kind]
+    drawn = table.assign(shown=table[by].where(control == "", control), slot=table[by] + control)
+    slots = [f"{name}{kind}" for name in colours for kind in ("", *kinds)]
+    shift = alt.XOffset("slot:N", scale=alt.Scale(domain=slots, paddingOuter=0.42))
+    colour = _colour("shown", dict(colours) | {kind: GHOSTS[kind] for kind in kinds}, title=by)
+    return drawn, {"xOffset": shift, "color": colour}
 
 
 def _steps(title: str) -> alt.X:
@@ -215,38 +234,45 @@ def conflict_over_steps(conflict: pd.DataFrame, *, caption: str) -> Figure:
     """Cosine of new against old halves at each measured step, beside what halves of one objective give.
 
     Args:
-        conflict: rows of `conflict.CONFLICT_COLUMNS`.
+        conflict: rows of `conflict.CONFLICT_COLUMNS`; of controls only new against old is drawn.
         caption: what the measurements say; an interval of a mean is no band for points and belongs here.
     """
     names = {"matched_cosine": "new against old objective", "within_cosine": "old objective against itself"}
     names |= {"within_new_cosine": "new objective against itself"}
-    keys = ["step", "stage", "previous_objective"]
-    long = conflict.rename(columns=names).melt(keys, list(names.values()), var_name="kind")
-    long = long.astype({"value": float}).dropna(subset=["value"])
+    control = conflict.get("control", pd.Series("", conflict.index))
+    rows = conflict.assign(split=conflict["split"].map(EARLIER), control=control).rename(columns=names)
+    keys = ["step", "stage", "previous_objective", "split", "control"]
+    long = rows.melt(keys, list(names.values()), var_name="kind").astype({"value": float}).dropna()
+    across, ghosts = names["matched_cosine"], [kind for kind in control.unique() if kind]
+    long = long[(long["control"] == "") | (long["kind"] == across)]
+    long["kind"] = long["kind"].where(long["control"] == "", long["control"])
+    colours = dict(zip(names.values(), (INK, *STAGE_COLOURS[1:3]), strict=True))
+    colour = _colour("kind", colours | {kind: GHOSTS[kind] for kind in ghosts})
     reach = alt.Scale(domainMin=min(-0.3, long["value"].min()), domainMax=max(0.3, long["value"].max()))
-    colours = dict(zip(names.values(), (STAGE_COLOURS[2], GREY, PALE), strict=True))
     base = alt.Chart(long).encode(
         x=_steps("optimiser step of the later stage"),
         y=alt.Y("value:Q", scale=reach, title="cosine of gradients of half batches"),
-        color=_colour("kind", colours, legend="bottom"),
+        color=colour.legend(orient="bottom", columns=2, labelLimit=300),
         detail=["stage:N", "previous_objective:N"],
     )
-    across = base.transform_filter(alt.datum.kind == names["matched_cosine"]).mark_line()
-    chart = _zero("y") + across + base.mark_point(filled=True, size=50, opacity=1)
-    shows = "Cosine of the two gradients at each measured step; in grey those within an objective."
-    question, size = "Do the gradients oppose each other?", (WIDTH, 230)
-    return _finish(chart, question, caption, shows=shows, size=size)
+    lines = base.transform_filter(alt.FieldOneOfPredicate("kind", [across, *ghosts])).mark_line()
+    points = base.transform_filter("datum.control == ''").mark_point(filled=True, size=50, opacity=1)
+    panel = alt.layer(_zero("y", long), lines, points).properties(width=WIDTH / 2 - 40, height=230)
+    chart = panel.facet(column=alt.Column("split:N", sort=list(EARLIER.values()), title=None))
+    shows = "Cosine of the two gradients at each measured step, those within one objective, and controls."
+    return _finish(chart, "Do the gradients oppose each other?", caption, shows=shows)
 
 
 def ledger_waterfall(bars: pd.DataFrame, *, by: str, caption: str) -> Figure:
     """Bars from zero to the measured change of the earlier objective's loss.
 
     Args:
-        bars: from `ledger.waterfall`.
+        bars: from `ledger.waterfall`; of a control the last bar alone, its `kind` is "control".
         by: what a bar stands for.
         caption: what the ledger says.
     """
     kinds = {"raised the loss": NEGATIVE, "lowered the loss": POSITIVE, "rest": PALE, "measured": INK}
+    kinds |= {"control": GREY} if bars["kind"].eq("control").any() else {}
     raised = (bars["end"] >= bars["start"]).map({True: "raised the loss", False: "lowered the loss"})
     drawn = alt.Chart(bars.assign(kind=bars["kind"].where(bars["kind"] != "entry", raised)))
     chart = drawn.mark_bar().encode(
@@ -264,7 +290,7 @@ def displaced_likelihood(table: pd.DataFrame, *, objectives: Names, labels: Labe
     """What chosen and rejected answers gained over the base at each checkpoint, a panel an objective.
 
     Args:
-        table: rows of `rivals.displacement` that begin at the base.
+        table: rows of `rivals.displacement` that begin at the base; controls at the chain's own checkpoint.
         objectives: in the order of the panels.
         labels: of the checkpoints.
         caption: what the figures say.
@@ -272,10 +298,10 @@ def displaced_likelihood(table: pd.DataFrame, *, objectives: Names, labels: Labe
     ends = table.rename(columns={"to_checkpoint": "checkpoint"})
     columns = {side: {f"{side}{end}": f"change{end}" for end in ("", "_low", "_high")} for side in SIDES}
     parts = [ends.rename(columns=columns[side]).assign(side=side) for side in SIDES]
-    kept = ["objective", "checkpoint", "side", "change", "change_low", "change_high"]
-    base, width = _by_checkpoint(pd.concat([part[kept] for part in parts]), labels)
-    shift = alt.XOffset("side:N", scale=alt.Scale(paddingOuter=0.42))
-    base = base.encode(xOffset=shift, color=_colour("side", SIDES))
+    drawn, slots = _ghosted(pd.concat(parts, ignore_index=True), "side", SIDES)
+    kept = ["objective", "checkpoint", "shown", "slot", "change", "change_low", "change_high"]
+    base, width = _by_checkpoint(drawn[kept], labels)
+    base = base.encode(**slots)
     panel = _intervals(base, "change", title="change of summed log-probability (nats)")
     names = alt.Column("objective:N", sort=list(objectives), title=None)
     chart = panel.properties(width=width, height=200).facet(column=names)
@@ -310,76 +336,154 @@ def margins_by_stage(
     """One measure with its interval at each checkpoint, a colour an objective.
 
     Args:
-        matrix: `checkpoint`, `objective`, the measure and its bounds (`<measure>_low`, `<measure>_high`).
+        matrix: `checkpoint`, `objective`, the measure and its bounds (`<measure>_low`, `<measure>_high`);
+            controls at the chain's own checkpoint.
         objectives: of the setting: the place of each decides its colour.
         labels: of the checkpoints.
         measure, axis: the column, and what the axis calls it.
         question, caption: title of the chart, and what it says.
     """
     colours = {name: OBJECTIVE_COLOURS[k % len(OBJECTIVE_COLOURS)] for k, name in enumerate(objectives)}
-    base, width = _by_checkpoint(matrix.dropna(subset=[measure]), labels)
-    shift = alt.XOffset("objective:N", sort=list(objectives), scale=alt.Scale(paddingOuter=0.42))
-    base = base.encode(xOffset=shift, color=_colour("objective", colours, title="objective"))
+    drawn, slots = _ghosted(matrix.dropna(subset=[measure]), "objective", colours)
+    base, width = _by_checkpoint(drawn, labels)
+    base = base.encode(**slots)
     chart, shows = _intervals(base, measure, title=axis), f"{axis} of held-out pairs, with 95 % intervals."
     return _finish(chart, question, caption, shows=shows, size=(width, 240))
 
 
-def pair_scatter(changes: pd.DataFrame, *, before: str, after: str, caption: str) -> Figure:
-    """Policy margin before and after, close pairs as one larger dot; on the diagonal nothing changed."""
-    ends = changes[["before", "after"]]
-    low, high = float(ends.min().min()), float(ends.max().max())
-    cells = ((ends - low) / max(high - low, 1e-12) * SCATTER_CELLS).astype(int).add_suffix(" cell")
-    groups = changes.assign(pairs=1).join(cells).groupby([*cells, "reordered"])
-    dots = groups.agg({"before": "mean", "after": "mean", "pairs": "sum"}).reset_index()
+def _dots(table: pd.DataFrame, x: str, y: str, *, colour: str, names: Labels, title: str) -> alt.Chart:
+    """Pairs as dots by two columns, close ones of one colour as one larger dot."""
+    low, high = table[[x, y]].min(), table[[x, y]].max()
+    cells = (table[[x, y]] - low) / (high - low).clip(lower=1e-12) * SCATTER_CELLS
+    groups = table.assign(pairs=1).join(cells.astype(int).add_suffix(" cell"))
+    groups = groups.groupby([f"{x} cell", f"{y} cell", colour])
+    dots = groups.agg({x: "mean", y: "mean", "pairs": "sum"}).reset_index()[[x, y, colour, "pairs"]]
     most = int(dots["pairs"].max())
     sizes = alt.Scale(type="sqrt", range=[45, 400], domain=[1, max(10, most)])
     legend = alt.Legend() if most > 1 else None
-    names = {"gained": POSITIVE, "same": PALE, "lost": NEGATIVE}
-    circles = alt.Chart(dots.drop(columns=list(cells))).mark_circle(opacity=0.85)
-    points = circles.encode(
-        size=alt.Size("pairs:Q", scale=sizes, title="pairs in a dot", legend=legend),
-        x=alt.X("before:Q", title=f"policy margin at {before} (nats per token)"),
-        y=alt.Y("after:Q", title=f"policy margin at {after} (nats per token)"),
-        color=_colour("reordered", names, title="order of answers"),
+    return (
+        alt.Chart(dots)
+        .mark_circle(opacity=0.85)
+        .encode(
+            size=alt.Size("pairs:Q", scale=sizes, title="pairs in a dot", legend=legend),
+            color=_colour(colour, names, title=title),
+        )
     )
-    corners = alt.Chart(pd.DataFrame({"x": [low, high]}))
-    diagonal = corners.mark_line(color=GREY, strokeDash=[2, 2]).encode(x="x:Q", y="x:Q")
-    chart, size = _zero("x") + _zero("y") + diagonal + points, (360, 320)
-    shows = "Scatter plot of each held-out pair's policy margin at two checkpoints."
-    return _finish(chart, "Which pairs moved?", caption, shows=shows, size=size)
+
+
+def pair_scatter(changes: pd.DataFrame, *, before: str, after: str, caption: str) -> Figure:
+    """Change of each pair's policy margin over where it began; on the line at zero nothing changed."""
+    names = {"gained": POSITIVE, "same": PALE, "lost": NEGATIVE}
+    points = _dots(changes, "before", "change", colour="reordered", names=names, title="order of answers")
+    points = points.encode(
+        x=alt.X("before:Q", title=f"policy margin at {before} (nats per token)"),
+        y=alt.Y("change:Q", title=f"change of it to {after}"),
+    )
+    shows = "Scatter plot of the change of each held-out pair's policy margin over its value before."
+    return _finish(_zero("y") + points, "Which pairs moved?", caption, shows=shows, size=(360, 280))
+
+
+def two_margins(changes: pd.DataFrame, *, at: str, caption: str) -> Figure:
+    """Both margins of each pair at one checkpoint; lines at zero part four corners.
+
+    Args:
+        changes: `margin_after`, `after`, and `crossed` from `redistribution.crossed_zero`.
+        at: the checkpoint's label.
+        caption: what the figure says.
+    """
+    names = {"neither": PALE, "policy margin": POSITIVE, "DPO margin": NEGATIVE, "both": INK}
+    points = _dots(changes, "margin_after", "after", colour="crossed", names=names, title="changed sign")
+    points = points.encode(
+        x=alt.X("margin_after:Q", title=f"DPO margin at {at}: summed, less the base's"),
+        y=alt.Y("after:Q", title=f"policy margin at {at} (nats per token)"),
+    )
+    chart, shows = _zero("x") + _zero("y") + points, "Scatter plot of each held-out pair's two margins."
+    return _finish(chart, "Do the two margins say the same?", caption, shows=shows, size=(360, 280))
+
+
+def kept_of_learned(
+    changes: pd.DataFrame, lines: pd.DataFrame, *, objectives: Names, before: str, after: str, caption: str
+) -> Figure:
+    """Each pair's DPO margin at the end over that after stage 1; on the dotted diagonal all was kept.
+
+    Args:
+        changes: `objective`, `margin_before`, `margin_after`.
+        lines: from `redistribution.line_band`, with its `objective`.
+        objectives: of the setting: the place of each decides its colour.
+        before, after: labels of the checkpoints.
+        caption: what the figure says.
+    """
+    colours = {name: OBJECTIVE_COLOURS[k % len(OBJECTIVE_COLOURS)] for k, name in enumerate(objectives)}
+    colours = {name: colours[name] for name in changes["objective"].unique()}
+    title, both = "held-out pairs of", ["margin_before", "margin_after"]
+    points = _dots(changes, *both, colour="objective", names=colours, title=title)
+    points = points.encode(
+        x=alt.X("margin_before:Q", title=f"learned: DPO margin at {before}"),
+        y=alt.Y("margin_after:Q", title=f"kept: DPO margin at {after}"),
+    )
+    fitted = alt.Chart(lines).encode(x="learned:Q", color=_colour("objective", colours, title=title))
+    band = fitted.mark_area(opacity=0.2).encode(y="kept_low:Q", y2="kept_high:Q")
+    ends = alt.Chart(pd.DataFrame({"x": [changes[both[0]].min(), changes[both[0]].max()]}))
+    diagonal = ends.mark_line(color=INK, strokeDash=[2, 2]).encode(x="x:Q", y="x:Q")
+    chart = _zero("y") + band + diagonal + fitted.mark_line().encode(y="kept:Q") + points
+    shows = "Scatter plot of the DPO margin kept over that learned, a line with its band, and the diagonal."
+    return _finish(chart, "Was a share lost, or a sum?", caption, shows=shows, size=(360, 280))
 
 
 def quartile_changes(table: pd.DataFrame, *, caption: str) -> Figure:
-    """Mean change by quartile, for rows of `metrics.quartiles`: a column a `key`, a row an `objective`."""
-    x = alt.X("quartile:O", title="quartile of the key (1 lowest)", axis=alt.Axis(labelAngle=0))
-    base = alt.Chart(table).encode(x=x, color=alt.value(STAGE_COLOURS[2]))
-    panel = _intervals(base, "change", title="change of policy margin (nats per token)")
-    keys = alt.Column("key:N", sort=list(table["key"].unique()), title=None)
-    objectives = alt.Row("objective:N", sort=list(table["objective"].unique()), title=None)
-    chart = panel.properties(width=230, height=210).facet(column=keys, row=objectives)
-    shows = "Mean change of the policy margin in four groups of pairs, for each sorting key."
-    return _finish(chart, "Do confident pairs lose more?", caption, shows=shows)
+    """Mean change by quartile, for rows of `redistribution.quartiles` with their `objective`.
+
+    A panel a `key` and a row an `objective`; grey ticks: the most that regression to the mean can do.
+    """
+    units = {"margin": "change of DPO margin", "policy_margin": "change of policy margin per token"}
+    parts = []
+    for measure, rows in table.groupby("measure"):
+        x = alt.X("quartile:O", title="quartile (1 lowest)", axis=alt.Axis(labelAngle=0))
+        base = alt.Chart(rows).encode(x=x, color=alt.value(STAGE_COLOURS[2]))
+        panel = _intervals(base, "change", title=units[measure])
+        panel += base.mark_tick(thickness=3, width=18).encode(y="regression:Q", color=alt.value(PALE))
+        keys = alt.Column("key:N", sort=list(rows["key"].unique()), title=None)
+        objectives = alt.Row("objective:N", sort=list(rows["objective"].unique()), title=None)
+        parts.append(panel.properties(width=150, height=210).facet(column=keys, row=objectives))
+    shows = "Mean change of a margin in four groups of pairs, for each sorting key."
+    return _finish(alt.hconcat(*parts), "Do confident pairs lose more?", caption, shows=shows)
 
 
 def movement_map(movement: pd.DataFrame, *, caption: str) -> Figure:
-    """Cosine of the first move with the last, by layer and module, in weight space, centred on zero."""
-    first, last = movement["from_checkpoint"].iloc[0], movement["other_to"].iloc[-1]
+    """Cosine of the first move with the last, by layer and module, in weight space, centred on zero.
+
+    Args:
+        movement: from `movement.movement_table`, and below it those of controls, a panel each.
+        caption: what the map says.
+    """
+    control = movement.get("control", pd.Series("", movement.index)).replace("", "this chain")
+    own = movement.groupby(control)
+    first, last = own["from_checkpoint"].transform("first"), own["other_to"].transform("last")
     kept = (movement["from_checkpoint"] == first) & (movement["other_to"] == last)
-    cells = movement[kept & (movement["space"] == "weight")].dropna(subset=["layer", "module"])
-    cells = cells[["layer", "module", "cosine"]].astype({"layer": int, "cosine": float})
+    cells = movement.assign(panel=control)[kept & (movement["space"] == "weight")]
+    cells = cells.dropna(subset=["layer", "module"])[["panel", "layer", "module", "cosine"]]
+    cells = cells.astype({"layer": int, "cosine": float})
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     x = alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0, labelOverlap=True))
     y, colour = alt.Y("module:N", sort=order, title=None), _centred("cosine", cells["cosine"])
-    chart = alt.Chart(cells).mark_rect().encode(x=x, y=y, color=colour)
+    panel = alt.Chart(cells).mark_rect().encode(x=x, y=y, color=colour).properties(width=WIDTH, height=150)
+    header = alt.Header(labelOrient="top", labelAnchor="start")
+    rows = alt.Row("panel:N", sort=list(control.unique()), title=None, header=header)
+    chart = panel.facet(row=rows) if control.nunique() > 1 else panel
     shows = "Heat map of the cosine of the first and the last stage's weight changes, by layer and module."
     question = "Where does the later stage go on, and where does it turn back?"
-    return _finish(chart, question, caption, shows=shows, size=(WIDTH, 170))
+    return _finish(chart, question, caption, shows=shows)
 
 
 def retention_overview(table: pd.DataFrame, *, caption: str) -> Figure:
-    """Margin of each chain's first objectives after each stage, for rows of `contrasts.first_objectives`."""
-    after, chains = list(table["after"].unique()), list(table["label"].unique())
-    colours = {name: _stage_colour(k) for k, name in enumerate(after, start=1)}
+    """Margin of each chain's first objectives after each stage, and after its controls, in grey.
+
+    For rows of `contrasts.first_objectives` or `contrasts.beside_controls`.
+    """
+    chains, stages = list(table["label"].unique()), [x for x in table["after"].unique() if x not in GHOSTS]
+    colours = {name: _stage_colour(k) for k, name in enumerate(stages, start=1)}
+    colours |= {name: grey for name, grey in GHOSTS.items() if table["after"].eq(name).any()}
+    after = list(colours)
     base = alt.Chart(table[["label", "after", "margin", "margin_low", "margin_high"]]).encode(
         y=alt.Y("label:N", sort=chains, title=None, axis=alt.Axis(labelLimit=420)),
         yOffset=alt.YOffset("after:N", sort=after),
@@ -389,3 +493,173 @@ def retention_overview(table: pd.DataFrame, *, caption: str) -> Figure:
     shows = "Held-out margin of the first objective after each stage, with 95 % intervals."
     question, size = "What became of the first objective?", (WIDTH - 140, alt.Step(20))
     return _finish(chart, question, caption, shows=shows, size=size)
+
+
+def ends_of_controls(ends: pd.DataFrame, *, caption: str) -> Figure:
+    """Margin of first objectives after stage 1 and after each way to go on: real in colour, controls grey.
+
+    `ends`: `label` (of the chain), `end` with `margin` and its bounds, in the order to be shown; the first
+    is the end of stage 1 and the second that of the real chain.
+    """
+    names, labels = list(ends["end"].unique()), list(ends["label"].unique())
+    colours = dict.fromkeys(names, GREY) | {names[0]: _stage_colour(1), names[1]: _stage_colour(2)}
+    shown = ends[["label", "end", "margin", "margin_low", "margin_high"]]
+    y = alt.Y("end:N", sort=names, title=None, axis=alt.Axis(labelLimit=200))
+    base = alt.Chart(shown).encode(y=y, color=_colour("end", colours, legend=None))
+    panel = _intervals(base, "margin", title="held-out margin of the first objective", axis="x")
+    header = alt.Header(labelOrient="top", labelAnchor="start", labelFontWeight="bold", labelPadding=2)
+    rows = alt.Row("label:N", sort=labels, title=None, header=header)
+    panels = panel.properties(width=WIDTH - 60, height=alt.Step(22)).facet(row=rows, spacing=14)
+    chart = panels.resolve_scale(y="independent")  # a panel has the ends that were run
+    shows = "Held-out margin of the first objective after each way to go on, with 95 % intervals."
+    return _finish(chart, "Is it the labels, or training at all?", caption, shows=shows)
+
+
+def dial_panels(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Every instrument over the share of labels turned: on new pairs in colour, on seen pairs in grey.
+
+    Ticks on the right are chains that go on with another objective, by the name of their last stage; lines
+    are the scale that they are placed on.
+
+    Args:
+        table: from `dial.calibrate`.
+        caption: what the figure says.
+    """
+    kept = ["instrument", "pairs", "share", "value", "value_low", "value_high", "fitted", "label"]
+    colour = _colour("pairs", {NEW: STAGE_COLOURS[2], SEEN: GREY}, legend="bottom")
+    parts = []
+    for (setting, objective), rows in table.groupby(["setting", "objective"], sort=False):
+        others = rows[rows["share"].isna()].drop_duplicates(["instrument", "chain"])
+        label = others["chain"].str.partition(THEN)[2]
+        others = others.assign(pairs="", share=1.1, label=label)[label != ""]
+        aside = rows["share"] + 0.03 * (rows["pairs"] == SEEN)  # so that neither hides the other
+        shown = pd.concat([rows.assign(share=aside, label="")[rows["share"].notna()], others])[kept]
+        base = alt.Chart(shown).encode(x=_shares())
+        dial = base.transform_filter(alt.datum.pairs != "").encode(color=colour)
+        scale = dial.mark_line(opacity=0.5).encode(y="fitted:Q")
+        ticks = base.transform_filter(alt.datum.label != "").encode(y="value:Q")
+        names = ticks.mark_text(align="left", dx=8, fontSize=10, color=INK).encode(text="label:N")
+        ends = ticks.mark_tick(orient="horizontal", color=INK)
+        drawn = [scale, _intervals(dial, "value", title=None), ends, names]
+        panel = alt.layer(*drawn, data=shown).properties(width=165, height=130)
+        order = alt.Facet("instrument:N", sort=list(rows["instrument"].unique()), title=None)
+        panels = panel.facet(facet=order, columns=4, title=f"{setting}, first {objective}")
+        parts.append(panels.resolve_scale(y="independent"))
+    shows = "Readings of each instrument at each share of labels turned, with 95 % intervals."
+    return _finish(alt.vconcat(*parts), "Which instrument sees which share?", caption, shows=shows)
+
+
+def _shares() -> alt.X:
+    axis = alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format="%", labelAngle=0)
+    return alt.X("share:Q", scale=alt.Scale(domain=[0, 1.5]), axis=axis, title="labels turned")
+
+
+def ledger_parts(table: pd.DataFrame, *, caption: str) -> Figure:
+    """Direction, curvature and measured change of an earlier loss, with intervals; controls in grey.
+
+    Args:
+        table: from `ledger.with_intervals`, of one stage and earlier objective; controls below it.
+        caption: what the ledger says.
+    """
+    names = dict(zip(PARTS, ("direction", "curvature", "measured"), strict=True))
+    parts = []
+    for part, name in names.items():
+        columns = {f"{part}{end}": f"change{end}" for end in ("", "_low", "_high")}
+        parts.append(table.rename(columns=columns).assign(part=name, stage="this chain"))
+    drawn, slots = _ghosted(pd.concat(parts, ignore_index=True), "stage", {"this chain": STAGE_COLOURS[2]})
+    drawn = drawn.assign(split=drawn["split"].map(EARLIER))
+    kept = ["split", "part", "shown", "slot", "change", "change_low", "change_high"]
+    x = alt.X("part:N", sort=list(names.values()), title=None, axis=alt.Axis(labelAngle=0))
+    base = alt.Chart(drawn[kept]).encode(x=x, **slots)
+    panel = _intervals(base, "change", title="change of the earlier loss (nats)")
+    chart = panel.properties(width=WIDTH / 2 - 40, height=210)
+    chart = chart.facet(column=alt.Column("split:N", sort=list(EARLIER.values()), title=None))
+    shows = "Three parts of the change of the earlier objective's loss, with 95 % intervals over prompts."
+    question = "Is it where the steps pointed, or how the loss curved on the way?"
+    return _finish(chart, question, caption, shows=shows)
+
+
+def margin_planes(places: pd.DataFrame, *, caption: str) -> Figure:
+    """Both objectives' margins at the end of every way to have them; chains of two stages in colour.
+
+    The pale line leads through the mixtures of two adapters, the dotted one along the front.
+
+    Args:
+        places: from `mixing.compare`.
+        caption: what the figure says.
+    """
+    kinds, orders = list(dict.fromkeys(places["kind"])), [*dict.fromkeys(places["order"])]
+    marks = ["circle", "square", "triangle-up", "triangle-down", "diamond", "cross", "triangle-left"]
+    shape = alt.Shape("kind:N", scale=alt.Scale(domain=kinds, range=marks[: len(kinds)]), title="way")
+    chosen = {"across": _stage_colour(1), "upward": _stage_colour(2), "neither": INK}
+    colour = _colour("order", {name: chosen[name] for name in orders}, title="trained first")
+    panels = []
+    for (setting, x, y), rows in places.groupby(["setting", "x", "y"], sort=False):
+        axes = {"first": alt.X, "second": alt.Y}
+        titles, padded = {"first": f"margin of {x}", "second": f"margin of {y}"}, alt.Scale(padding=9)
+        at = [axes[side](f"{side}:Q", title=titles[side], scale=padded) for side in axes]
+        base = alt.Chart(rows.drop(columns=["setting", "x", "y"])).encode(*at)
+        line = base.transform_filter("isValid(datum.share)").mark_line(color=PALE, strokeWidth=3)
+        front = base.transform_filter("datum.on_front").mark_line(color=INK, strokeDash=[2, 3])
+        rule = base.transform_filter("datum.sequential").mark_rule(strokeWidth=2).encode(color=colour)
+        drawn = [_zero("x"), _zero("y"), line.encode(order="share:Q"), front.encode(order="first:Q")]
+        drawn += [rule.encode(x="first_low:Q", x2="first_high:Q")]
+        drawn += [rule.encode(y="second_low:Q", y2="second_high:Q")]
+        points = base.mark_point(size=95, opacity=1, filled=True).encode(color=colour, shape=shape)
+        panels.append(alt.layer(*drawn, points).properties(width=280, height=260, title=setting))
+    shows = "Margin of one objective over that of the other at the end of each way to have both."
+    return _finish(alt.concat(*panels, columns=2), "How much of both can be had?", caption, shows=shows)
+
+
+
+def _compared(table: pd.DataFrame) -> pd.Series:
+    """What names a comparison of `plasticity` in a figure."""
+    return table["setting"] + ": " + table["objective"] + " in " + table["chain"]
+
+
+def plasticity_paths(points: pd.DataFrame, states: pd.DataFrame, *, caption: str) -> Figure:
+    """Margin of the earlier objective over the gain of the new one, a panel a chain, plain steps in colour.
+
+    Args:
+        points: from `plasticity.points`, of the causal comparison.
+        states: from `plasticity.states`, of the same: `gain` and `margin` are the marks.
+        caption: what the figures say.
+    """
+    shown = ["comparison", "kind", "point", "gain", "margin"]
+    parts = [part.assign(comparison=_compared(part)).reindex(columns=shown) for part in (points, states)]
+    table = pd.concat([part.assign(mark=k) for k, part in enumerate(parts)]).astype({"point": float})
+    colours = dict(zip(points["kind"].unique(), (STAGE_COLOURS[2], GREY, PALE), strict=False))
+    x = alt.X("gain:Q", title="gain of the new objective")
+    y = alt.Y("margin:Q", title="margin of the earlier objective", scale=alt.Scale(zero=False))
+    base = alt.Chart(table).encode(x=x, y=y, color=_colour("kind", colours, title="steps", legend="bottom"))
+    paths = base.transform_filter("datum.mark == 0").mark_line(point=True).encode(order="point:Q")
+    marks = base.transform_filter("datum.mark == 1").mark_point(
+        shape="diamond", filled=True, size=160, opacity=1
+    )
+    names = alt.Facet("comparison:N", title=None, header=alt.Header(labelLimit=320))
+    chart = (paths + marks).properties(width=WIDTH / 2 - 20, height=200).facet(facet=names, columns=2)
+    shows = "Held-out margin of the earlier objective over the gain of the new one; diamonds at equal gain."
+    return _finish(chart, "What does the same gain cost?", caption, shows=shows)
+
+
+def reference_axis(states: pd.DataFrame, *, caption: str) -> Figure:
+    """Earlier margin and new gain over the share l of the stage before in the reference, a panel a chain.
+
+    `states`: from `plasticity.states`, of the reference comparison.
+    """
+    names = {"end_gain": "gain of the new objective", "end_margin": "margin of the earlier one"}
+    names |= {"margin": "the same at equal gain"}
+    colours = dict(zip(names.values(), (*STAGE_COLOURS[2:0:-1], GREY), strict=True))
+    parts = []
+    for name, what in names.items():
+        columns = {f"{name}{end}": f"value{end}" for end in ("", "_low", "_high")}
+        parts.append(states[["kind", *columns]].rename(columns=columns).assign(what=what))
+    table = pd.concat(part.assign(comparison=_compared(states)) for part in parts)
+    table["l"] = table["kind"].str.removeprefix("l = ").astype(float)
+    x = alt.X("l:Q", title="l (0: base, 1: stage before)", scale=alt.Scale(padding=15))
+    base = alt.Chart(table).encode(x=x, color=_colour("what", colours, title=None, legend="bottom"))
+    panel = base.mark_line().encode(y="value:Q") + _intervals(base, "value", title="held-out margin")
+    facet = alt.Facet("comparison:N", title=None, header=alt.Header(labelLimit=320))
+    chart = panel.properties(width=WIDTH / 2 - 20, height=200).facet(facet=facet, columns=2)
+    shows = "Margin of the earlier objective and gain of the new one along the reference axis."
+    return _finish(chart, "Does another reference keep more?", caption, shows=shows)

@@ -13,7 +13,8 @@ from scipy import stats
 from torch import Tensor
 
 CONFLICT_COLUMNS = (
-    *("step", "stage", "previous_objective", "loss_new", "loss_old", "norm_new", "norm_old", "dot", "cosine"),
+    *("step", "stage", "previous_objective", "split", "loss_new", "loss_old", "norm_new", "norm_old", "dot"),
+    *("cosine",),
     *("matched_cosine", "within_cosine", "within_new_cosine", "corrected_cosine"),
     *("cross_product", "within_new", "within_old", "ledger"),
 )
@@ -158,9 +159,9 @@ def conflict_verdict(conflict: pd.DataFrame, *, rng: np.random.Generator | None 
     return found | {"verdict": _verdict(found)}
 
 
-def verdicts(conflict: pd.DataFrame) -> dict[tuple[int, str], dict[str, Any]]:
-    """`conflict_verdict` by stage and earlier objective, in the order of training; none of an empty table."""
-    measured = conflict.groupby(["stage", "previous_objective"], sort=False)
+def verdicts(conflict: pd.DataFrame) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """`conflict_verdict` by stage, earlier objective and split of its pairs; none of an empty table."""
+    measured = conflict.groupby(["stage", "previous_objective", "split"], sort=False)
     return {key: conflict_verdict(rows) for key, rows in measured}
 
 

@@ -5,21 +5,21 @@ setting, chain, objective and seed, or one for all seeds (`..._over_seeds`). Wit
 empty and keeps its columns.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from seqdpo_utils import metrics
-from seqdpo_utils.chains import Chain
+from seqdpo_utils import metrics, redistribution
+from seqdpo_utils.chains import AGAIN, SHUFFLED, Chain, controls
 from seqdpo_utils.conflict import conflict_verdict
-from seqdpo_utils.ledger import segments
+from seqdpo_utils.ledger import PARTS, by_pair, with_intervals
 from seqdpo_utils.movement import whole_adapter
-from seqdpo_utils.paths import RunPaths, read_chain, read_scores, read_table
+from seqdpo_utils.paths import RunPaths, read_chain, read_json, read_scores, read_table
 from seqdpo_utils.verdicts import holm, p_value
 
 KEY = ["setting", "chain", "objective", "seed"]
@@ -42,6 +42,16 @@ def _measures(group: Sequence[RunPaths], *, beta: float) -> pd.DataFrame:
     """The measures of one chain at all its checkpoints, with the `seed` of each run."""
     parts = [metrics.pair_measures(read_scores(run), beta=beta).assign(seed=run.seed) for run in group]
     return pd.concat(parts, ignore_index=True)
+
+
+def margins(group: Sequence[RunPaths], objective: str, *, beta: float) -> pd.DataFrame:
+    """Held-out DPO margins of one chain over its runs.
+
+    Returns:
+        `prompt_id` and a column a checkpoint of the chain ("base", ...), indexed by `seed` and `pair_id`, so
+        that chains are compared pair by pair and run by run.
+    """
+    return metrics.wide_margins(_measures(group, beta=beta), objective)
 
 
 def _followed(runs: Iterable[RunPaths]) -> Iterator[tuple[RunPaths, Chain, str]]:
@@ -72,10 +82,7 @@ def _other_seed(run: RunPaths, runs: Iterable[RunPaths], objective: str) -> pd.S
     """Policy margin by pair after stage 1 of the same chain with the next seed, cyclically, or None."""
     seeds = sorted({other.seed for other in runs if replace(other, seed=run.seed) == run})
     twin = replace(run, seed=seeds[(seeds.index(run.seed) + 1) % len(seeds)])
-    if twin == run:
-        return None
-    records = _rows_of(twin.lineage[0].scores, objective)
-    return metrics.policy_margin(records).set_axis(records["pair_id"])
+    return None if twin == run else _changes(twin, objective)["before"]
 
 
 def ends(runs: Sequence[RunPaths]) -> pd.DataFrame:
@@ -133,7 +140,7 @@ def fates_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -
     table = _fates(runs, True, beta, resamples).drop(columns="seed")
     held = table.copy()
     for name in metrics.DECIDING:
-        table[f"{name}_p"] = _adjusted(table, name)
+        table[f"{name}_p"] = adjusted(table, name)
         bounds = _bounds(name)[1:]
         held[bounds] = held[bounds].where(table[f"{name}_p"] <= 0.05, 0.0)  # a bound of zero decides nothing
     return table.assign(outcome_holm=_outcomes(held))
@@ -158,7 +165,7 @@ def _outcomes(fates: pd.DataFrame) -> list[str]:
     return [metrics.outcome(row, excess_churn_low=row["excess_churn_low"]) for row in rows]
 
 
-def _adjusted(table: pd.DataFrame, name: str) -> np.ndarray:
+def adjusted(table: pd.DataFrame, name: str) -> np.ndarray:
     """p-values of a column of means, adjusted over the rows; several seeds count as few as they are."""
     units = table["n_prompts"].where(table["seeds"] == 1, table[["n_prompts", "seeds"]].min(axis=1))
     bounds = (table[bound].to_numpy(dtype=float) for bound in _bounds(name))
@@ -196,7 +203,7 @@ def order_effect(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd
 def order_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
     """The same over all seeds of a chain, without `seed`; `difference_p` is adjusted over the rows (Holm)."""
     table = _orders(runs, True, beta, resamples).drop(columns="seed")
-    return table.assign(difference_p=_adjusted(table, "difference"))
+    return table.assign(difference_p=adjusted(table, "difference"))
 
 
 def _orders(runs: Sequence[RunPaths], together: bool, beta: float, resamples: int) -> pd.DataFrame:
@@ -221,49 +228,220 @@ def _orders(runs: Sequence[RunPaths], together: bool, beta: float, resamples: in
 
 
 def quartile_contrast(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame:
-    """Change of the lowest and of the highest quartile of each chain's first objectives, and the difference.
-
-    Sorted by the chain's own margin after stage 1; by that of the base, which holds no noise of stage 1; and
-    with several seeds by that of another seed after stage 1. The noise of the training pairs, which the seeds
-    share, stays in both margins after stage 1.
+    """Change of the lowest and of the highest quartile of each chain's first objectives, over its seeds.
 
     Returns:
-        The key, `key` ("stage1_policy_margin", "base", "cross_seed"), `pairs`, `lowest`, `highest`,
-        `difference` (highest minus lowest) with bounds.
+        The key without `seed`; `seeds`, `pairs`, `n_prompts`, `shared` (`shared_training`), `key` (of
+        `redistribution.KEYS`; `CROSS` only with several seeds), `lowest`, `highest`, `difference` (highest
+        minus lowest) with bounds, `regression` (the most of it that may be regression to the mean),
+        `reading`, and `difference_p`, adjusted over the rows of a key (Holm). Chains with too few held-out
+        pairs have no row.
     """
     rows = []
-    for run, _, objective in _followed(runs):
-        changes = _changes(run, objective)
-        keys = {"stage1_policy_margin": changes["before"], "base": changes["base"]}
-        if (other := _other_seed(run, runs, objective)) is not None:
-            keys["cross_seed"] = other.reindex(changes.index)
-        for name, key in keys.items():
-            rng = np.random.default_rng(run.seed)
-            ends = metrics.highest_minus_lowest(changes, key, resamples=resamples, rng=rng)
-            rows.append(_key(run, objective) | {"key": name, "pairs": len(changes)} | ends)
-    return _table(rows, others=["key", "pairs"], numbers=["lowest", "highest", *_bounds("difference")])
+    for group, place, tables in _changes_over_seeds(runs):
+        for key in redistribution.KEYS:
+            options = {"resamples": resamples, "rng": np.random.default_rng(group[0].seed)}
+            found = redistribution.highest_minus_lowest(tables, key, shared=place["shared"] > 0, **options)
+            rows += [place | {"key": key} | found] if found else []
+    numbers = ["lowest", "highest", *_bounds("difference"), "regression"]
+    others = ["seeds", "pairs", "n_prompts", "shared", "key", "reading"]
+    table = _table(rows, others=others, numbers=numbers).drop(columns="seed").assign(difference_p=np.nan)
+    for part in table.groupby("key").groups.values():
+        table.loc[part, "difference_p"] = adjusted(table.loc[part], "difference")
+    return table
+
+
+def kept_of_learned(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame:
+    """The line of what was kept on what was learned, for each chain's first objectives, over its seeds.
+
+    Returns:
+        The key without `seed`; `seeds`, `pairs`, `shared`, `instrument` ("none": each run by itself; `CROSS`:
+        what another seed learned), `slope`, `intercept` with bounds, `pattern` (of
+        `redistribution.loss_pattern`; where seeds share training pairs, whose luck is then in the instrument
+        too, it decides nothing).
+    """
+    rows = []
+    for group, place, tables in _changes_over_seeds(runs):
+        learned = float(np.mean([table["margin_before"].mean() for table in tables]))
+        for crossed in (False, True)[: len(group)]:
+            rng = np.random.default_rng(group[0].seed)
+            line = redistribution.kept_line(tables, crossed=crossed, resamples=resamples, rng=rng)
+            found = redistribution.loss_pattern(line, learned=learned)
+            if crossed and place["shared"]:
+                found["pattern"] = "cannot be decided"
+            rows.append(place | {"instrument": redistribution.CROSS if crossed else "none"} | found)
+    others = ["seeds", "pairs", "shared", "instrument", "pattern"]
+    return _table(rows, others=others, numbers=_bounds("slope", "intercept")).drop(columns="seed")
+
+
+def _changes_over_seeds(
+    runs: Sequence[RunPaths],
+) -> Iterator[tuple[list[RunPaths], dict[str, Any], list[pd.DataFrame]]]:
+    """The runs of each chain, what names them in a table, and their tables of pair changes, pair by pair."""
+    for group, _, objective in _grouped(runs, True):
+        first = _changes(group[0], objective)
+        tables = [_changes(run, objective).reindex(first.index) for run in group]
+        place = _key(group[0], objective) | {"seeds": len(group), "shared": shared_training(group)}
+        sizes = {"pairs": len(first), "n_prompts": first["prompt_id"].nunique()}
+        yield group, place | sizes, tables
+
+
+def shared_training(group: Sequence[RunPaths]) -> float:
+    """Share of their first stage's training pairs that two seeds have in common, on average; 0 for one seed.
+
+    All seeds draw from one training split: of two random parts, each a share f of it, f is common.
+    """
+    if len(group) == 1:
+        return 0.0
+    return float(read_json(group[0].lineage[0].manifest)["parameters"]["train_share"])
 
 
 def mechanics(runs: Sequence[RunPaths]) -> pd.DataFrame:
     """What the later stages' gradients, steps and moves have to do with each chain's first objectives.
 
     Returns:
-        The key; `gradients` (the verdict), `steps` (measurements), `cross` and `within` (cosines of half
-        batches) with bounds; `explained`, `measured`, `rest` (nats, sums over the later stages; null where no
-        ledger was kept); `movement_weight`, `movement_raw` (cosine of the first and the last stage's move).
+        The key; `split` of the earlier pairs (held out, "probe", where there are such); `gradients` (the
+        verdict), `steps` (measurements), `cross` and `within` (cosines of half batches) with bounds; `left`
+        (direction), `curvature`, `measured` with bounds and `rest` (nats, sums over the later stages; null
+        where no ledger was kept); `left_beyond`, ... (the last stage minus the same with shuffled labels,
+        pair by pair, where that was run); `movement_weight`, `movement_raw` (cosine of the first and the last
+        stage's move).
     """
-    rows = []
-    ledger, moved = ("explained", "measured", "rest"), ("movement_weight", "movement_raw")
-    for run, _, objective in _followed(runs):
-        tables = [read_chain(run, name) for name in ("conflict", "ledger")]
-        conflict, entries = (table[table["previous_objective"] == objective] for table in tables)
-        verdict, path = conflict_verdict(conflict), segments(entries)
-        cosines = dict(zip(_bounds("cross", "within"), verdict["cross"] + verdict["within"], strict=True))
-        sums = path[["term", "measured", "rest"]].sum() if len(path) else [None] * 3
+    rows, beyond = [], [f"{part}_beyond" for part in PARTS]
+    for run, chain, objective in _followed(runs):
+        tables = (read_chain(run, name) for name in ("conflict", "ledger_pairs"))
+        conflict, pairs = (_looked_back(table, objective) for table in tables)
+        verdict, shuffled = conflict_verdict(conflict), controls(chain, _beside(run, runs)).get(SHUFFLED)
+        row = _key(run, objective) | {"split": "".join(conflict["split"].unique())}
+        row |= {"gradients": verdict["verdict"], "steps": verdict["steps"]}
+        row |= dict(zip(_bounds("cross", "within"), verdict["cross"] + verdict["within"], strict=True))
+        row |= _over_stages(with_intervals(by_pair(pairs)), PARTS)
+        if shuffled:
+            row |= _over_stages(_looked_back(ledger_beyond(run, shuffled), objective), beyond)
         moves = whole_adapter(read_table(run.movement)).loc[["weight", "lora"], "cosine"]
-        row = _key(run, objective) | {"gradients": verdict["verdict"], "steps": verdict["steps"]} | cosines
-        rows.append(row | dict(zip([*ledger, *moved], [*sums, *moves], strict=True)))
-    return _table(rows, others=["gradients", "steps"], numbers=[*_bounds("cross", "within"), *ledger, *moved])
+        rows.append(row | dict(zip(("movement_weight", "movement_raw"), moves, strict=True)))
+    numbers = _bounds("cross", "within", *PARTS, *beyond)
+    table = _table(
+        rows, others=["split", "gradients", "steps"], numbers=[*numbers, "movement_weight", "movement_raw"]
+    )
+    table.insert(table.columns.get_loc("measured"), "rest", table.eval("measured - left - curvature"))
+    return table
+
+
+def _beside(run: RunPaths, runs: Iterable[RunPaths]) -> set[str]:
+    """Chains that were run with the same setting and seed."""
+    return {other.chain for other in runs if run.at(other.chain) == other}
+
+
+def _looked_back(table: pd.DataFrame, objective: str) -> pd.DataFrame:
+    """Rows against one earlier objective, on its held-out pairs where there are such."""
+    rows = table[table["previous_objective"] == objective]
+    return rows[rows["split"] == ("probe" if rows["split"].eq("probe").any() else "train")]
+
+
+def ledger_beyond(run: RunPaths, control: str) -> pd.DataFrame:
+    """What a chain's last stage did to earlier losses minus what its control did, on the same pairs.
+
+    Returns:
+        As `ledger.with_intervals`.
+    """
+    own, other = (by_pair(read_table(node.ledger_pairs)) for node in (run, run.at(control)))
+    return with_intervals(own - other)
+
+
+def _over_stages(found: pd.DataFrame, names: Sequence[str]) -> dict[str, float]:
+    """Sums of `PARTS` over stages, whose pairs are drawn independently, under other names."""
+    row = {}
+    for part, name in zip(PARTS, names, strict=True) if len(found) else ():
+        mean, reach = found[part].sum(), np.hypot.reduce(found[f"{part}_high"] - found[part])
+        row |= dict(zip(_bounds(name), (mean, mean - reach, mean + reach), strict=True))
+    return row
+
+
+def moves(mechanics: pd.DataFrame) -> pd.DataFrame:
+    """The cosine of the first and the last move in weight space, beside that of the chain's controls.
+
+    Args:
+        mechanics: from `mechanics`.
+
+    Returns:
+        One row a setting and chain whose last stage has no variants: `seeds`; the means over these of
+        `cosine`, of `shuffled`, `again` and `disjoint` (the last stage with shuffled labels, with the first
+        objectives again, or on prompts that the first did not see; null where not run); `spread` (SD over
+        seeds); `beyond` (cosine minus shuffled) with bounds (Student's t over seeds; null for one).
+    """
+    key, kinds = ["setting", "chain"], ["cosine", "shuffled", "again", "disjoint"]
+    single = mechanics.drop_duplicates([*key, "seed"]).set_index([*key, "seed"])["movement_weight"]
+    rows = []
+    for setting, text in single.groupby(key, sort=False).groups:
+        chain, here = Chain.parse(text), single.astype(float).loc[setting].unstack("chain")
+        if chain.last.variants:
+            continue
+        twins = controls(chain, here.columns)
+        texts = [text, *(twins.get(kind, "") for kind in (SHUFFLED, AGAIN)), f"{text}.disjoint"]
+        at = here.reindex(columns=texts).set_axis(kinds, axis=1).dropna(subset="cosine")
+        gaps = (at["cosine"] - at["shuffled"]).dropna()
+        reach = gaps.sem() * stats.t.ppf(0.975, max(len(gaps) - 1, 1))
+        beyond = zip(_bounds("beyond"), gaps.mean() + np.array([0, -reach, reach]), strict=True)
+        row = {"setting": setting, "chain": text, "seeds": len(at), "spread": at["cosine"].std()}
+        rows.append(row | at.mean().to_dict() | dict(beyond))
+    numbers = ["cosine", "spread", *kinds[1:], *_bounds("beyond")]
+    return pd.DataFrame(rows, columns=[*key, "seeds", *numbers]).astype(dict.fromkeys(numbers, "Float64"))
+
+
+def beside(
+    own: pd.DataFrame, run: RunPaths, kinds: Mapping[str, str], rows: Callable[[RunPaths], pd.DataFrame]
+) -> pd.DataFrame:
+    """The rows of a chain and, below them, those of its controls, as figures take them.
+
+    Args:
+        own: rows of the chain.
+        run: its files.
+        kinds: from `chains.controls`.
+        rows: what a control has to show, from its files.
+
+    Returns:
+        Both with a column `control`, "" for the chain itself; a checkpoint that is a control's end is told as
+        the chain's own.
+    """
+    parts = [own.assign(control="")]
+    for kind, text in kinds.items():
+        parts.append(rows(run.at(text)).replace(text, run.chain).assign(control=kind))
+    return pd.concat(parts, ignore_index=True)
+
+
+def controls_in_words(run: RunPaths, kinds: Mapping[str, str]) -> str:
+    """Which controls of a chain are shown in grey, or what cannot be known without them."""
+    chain = Chain.parse(run.chain)
+    if chain.parent is None:
+        return "This chain has one stage: no later one, and so no control of it."
+    if chain.last.variants:
+        return "The last stage is itself a variant: notebook 07 has all chains that were run side by side."
+    told = [f"{kind} (`{text}`)" for kind, text in kinds.items()]
+    words = [f"In grey, in place of the last stage: {' and '.join(told)}, seed {run.seed}."] if told else []
+    if SHUFFLED not in kinds:
+        words += ["No later stage with shuffled labels was run: how much of all this is what any"]
+        words += ["training does is not known here."]
+        words += [f'`make study DESIGN="both_orders controls" SETTINGS="{run.setting}"` runs it.']
+    return " ".join(words)
+
+
+def beside_controls(overview: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `first_objectives`; what is a control of another chain becomes a last point of that chain.
+
+    Returns:
+        The same columns; `after` names the kind of a control.
+    """
+    place, used, parts = ["setting", "chain", "seed"], set(), []
+    for (setting, text, seed), own in overview.groupby(place, sort=False):
+        others = overview[(overview["setting"] == setting) & (overview["seed"] == seed)]
+        labels, parts = own.groupby("objective")["label"].first(), [*parts, own]
+        for kind, control in controls(Chain.parse(text), set(others["chain"])).items():
+            end = others[(others["checkpoint"] == control) & (others["chain"] == control)]
+            parts.append(end.assign(after=kind, chain=text, label=end["objective"].map(labels)))
+            used.add((setting, control, seed))
+    kept = [part for part in parts if tuple(part[place].iloc[0]) not in used]
+    return pd.concat(kept, ignore_index=True) if kept else overview
 
 
 def sides(table: pd.DataFrame, column: str) -> tuple[int, int]:
@@ -278,6 +456,9 @@ def ledger_counts(mechanics: pd.DataFrame) -> dict[str, int]:
     return {"kept": len(kept), "rose": int((kept["measured"] > 0).sum()), "closed": int(closed.sum())}
 
 
-def angles(cosines: pd.Series) -> pd.Series:
-    """A column of cosines as angles, in degrees."""
-    return cosines.astype(float).map(lambda cosine: math.degrees(math.acos(cosine)))
+def questioned(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of chains that ask the study's question: no variants, and not the first objectives again."""
+    chains = table["chain"].map(Chain.parse)
+    plain = [not any(stage.variants for stage in chain.stages) for chain in chains]
+    new = [chain.last.objectives != chain.stages[0].objectives for chain in chains]
+    return table[np.array(plain, dtype=bool) & np.array(new, dtype=bool)]

@@ -6,6 +6,7 @@ source's ratings of the two where it has them (`chosen_rating`, `rejected_rating
 """
 
 import itertools
+import json
 import math
 import re
 import statistics
@@ -82,6 +83,20 @@ def _trimmed(pair: Pair) -> Pair:
 def _turned(pair: Pair) -> Pair:
     other = {"chosen": "rejected", "rejected": "chosen"}
     return {re.sub("^(chosen|rejected)", lambda side: other[side[0]], name): pair[name] for name in pair}
+
+
+def label_noise(layout: str, *, source: str) -> dict[str, dict[str, str]]:
+    """Which labels of the embedded rows are not what their answers were written for (`DATACARD.md`).
+
+    Returns:
+        Objective to prompt id to "wrong" (without noise the other answer would be the chosen one) or
+        "undecided" (both would rate alike). An objective of which nothing is known is missing, and so are all
+        of any other source.
+    """
+    if source != "embedded":
+        return {}
+    known = json.loads((EMBEDDED.parent / "noise.json").read_text(encoding="utf-8"))[layout]
+    return {name: {i: kind for kind, ids in kinds.items() for i in ids} for name, kinds in known.items()}
 
 
 def load_rows(

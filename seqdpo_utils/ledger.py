@@ -15,12 +15,19 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
 from seqdpo_utils.movement import place_of
 
-_SEGMENT = ["stage", "previous_objective", "from_step", "step"]
-LEDGER_COLUMNS = (*_SEGMENT, "layer", "module", "term", "left", "loss_before", "loss_after")
+KEY = ["stage", "previous_objective", "split"]
+"""What tells one ledger from another; `split`: "train" (pairs that were trained on) or "probe" (held out)."""
+_SEGMENT = [*KEY, "from_step", "step"]
+PARTS = ("left", "curvature", "measured")
+"""Of a change: what the gradient at the start foretells, what its change on the way adds, and the whole."""
+_VALUES = ("term", "left", "loss_before", "loss_after")
+LEDGER_COLUMNS = (*_SEGMENT, "layer", "module", *_VALUES)
+LEDGER_PAIR_COLUMNS = (*_SEGMENT, "pair_id", "prompt_id", *_VALUES)
 LOSS_ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2}
 """Change of a mean DPO loss, in nats, that rounding alone may make.
 
@@ -31,17 +38,20 @@ CANCELLED = 0.1
 
 
 class ProbePoint(NamedTuple):
-    """State after `step` optimiser steps: mean loss of the probe pairs (nats), its gradient by parameter."""
+    """State after `step` optimiser steps: of each pair its loss (nats) and its gradient by parameter."""
 
     step: int
-    loss: float
-    gradient: Sequence[Tensor]
+    losses: Sequence[float]
+    gradients: Sequence[Sequence[Tensor]]
+
+
+Rows = list[dict[str, int | float | str | None]]
 
 
 def segment_rows(
     names: Sequence[str], start: ProbePoint, end: ProbePoint, moved: Sequence[Tensor]
-) -> list[dict[str, int | float | str | None]]:
-    """Entries of one segment, one a layer and module.
+) -> tuple[Rows, Rows]:
+    """Entries of one segment: of the mean loss by layer and module, and of each pair's loss.
 
     Args:
         names: parameter names, in the order of the gradients.
@@ -49,22 +59,35 @@ def segment_rows(
         moved: weights at the end minus weights at the start.
 
     Returns:
-        `from_step`, `step`, `layer`, `module`, `term` (trapezoid), `left` (gradient of the start alone),
-        `loss_before`, `loss_after`; each row repeats the two losses of the whole segment.
+        Rows with `from_step`, `step`, `term` (trapezoid), `left` (gradient of the start alone),
+        `loss_before`, `loss_after`: one a `layer` and `module`, which repeats the two mean losses of the
+        whole segment, and one a pair, in the order of the points.
     """
-    pieces = zip(start.gradient, end.gradient, moved, strict=True)
-    # (2, n) @ (n) for each parameter; one transfer from the device for all of them
-    products = [torch.stack([a, b]).double().flatten(1) @ m.double().flatten() for a, b, m in pieces]
+    # for each pair its products with the move, (2 ends, parameters); the gradients may lie on another device
+    products = torch.stack([
+        torch.stack([_products(point.gradients[pair], moved) for point in (start, end)])
+        for pair in range(len(start.losses))
+    ])  # fmt: skip
+    left, term = products[:, 0], products.mean(dim=1)
+    steps = {"from_step": start.step, "step": end.step}
+    means = {"loss_before": sum(start.losses) / len(start.losses)}
+    means |= {"loss_after": sum(end.losses) / len(end.losses)}
     entries: dict[tuple[int | None, str], list[float]] = {}
-    for name, (left, right) in zip(names, torch.stack(products).tolist(), strict=True):
+    for name, both in zip(names, torch.stack([term.mean(0), left.mean(0)], dim=1).tolist(), strict=True):
         entry = entries.setdefault(place_of(name), [0.0, 0.0])
-        entry[0] += (left + right) / 2
-        entry[1] += left
-    ends = {"from_step": start.step, "step": end.step, "loss_before": start.loss, "loss_after": end.loss}
-    return [
-        ends | {"layer": layer, "module": module, "term": term, "left": left}
-        for (layer, module), (term, left) in entries.items()
+        entry[:] = entry[0] + both[0], entry[1] + both[1]
+    by_place = [
+        {**steps, "layer": layer, "module": module, "term": entry[0], "left": entry[1], **means}
+        for (layer, module), entry in entries.items()
     ]
+    whole = zip(term.sum(1).tolist(), left.sum(1).tolist(), start.losses, end.losses, strict=True)
+    return by_place, [steps | dict(zip(_VALUES, values, strict=True)) for values in whole]
+
+
+def _products(gradient: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor:
+    """Inner products parameter by parameter, (parameters,), in double precision."""
+    pieces = zip(gradient, moved, strict=True)
+    return torch.stack([g.double().flatten() @ m.to(g.device).double().flatten() for g, m in pieces])
 
 
 def segments(ledger: pd.DataFrame) -> pd.DataFrame:
@@ -74,8 +97,8 @@ def segments(ledger: pd.DataFrame) -> pd.DataFrame:
         ledger: rows of `LEDGER_COLUMNS`.
 
     Returns:
-        `stage`, `previous_objective`, `from_step`, `step`, `term`, `left`, `loss_before`, `loss_after`,
-        `measured` (after minus before), `rest` (measured minus term); losses in nats.
+        The columns of `KEY`, `from_step`, `step`, `term`, `left`, `loss_before`, `loss_after`, `measured`
+        (after minus before), `rest` (measured minus term); losses in nats.
     """
     how = {"term": "sum", "left": "sum", "loss_before": "first", "loss_after": "first"}
     found = ledger.groupby(_SEGMENT, sort=False, as_index=False).agg(how)
@@ -84,7 +107,7 @@ def segments(ledger: pd.DataFrame) -> pd.DataFrame:
 
 
 def totals(ledger: pd.DataFrame, *, dtype: str) -> pd.DataFrame:
-    """The ledger's bottom line for each stage and earlier objective.
+    """The ledger's bottom line for each stage, earlier objective and split.
 
     The share is left out where it would be a ratio of errors: where the measured change is within rounding
     (`LOSS_ROUNDING`) or what is left of ups and downs that cancel (`CANCELLED`).
@@ -94,24 +117,64 @@ def totals(ledger: pd.DataFrame, *, dtype: str) -> pd.DataFrame:
         dtype: of the run, a key of `LOSS_ROUNDING`.
 
     Returns:
-        `stage`, `previous_objective`, `segments`, `explained` (sum of the trapezoids), `left` (sum of the
-        left ends), `measured`, `rest`, `path` (sum of the absolute changes of the segments), all in nats, and
-        `share` (explained / measured; null where not defined).
+        The columns of `KEY`, `segments`, `explained` (sum of the trapezoids), `left` (sum of the left ends),
+        `measured`, `rest`, `path` (sum of the absolute changes of the segments), all in nats, and `share`
+        (explained / measured; null where not defined).
     """
     table = segments(ledger).rename(columns={"term": "explained"})
     table = table.assign(segments=1, path=table["measured"].abs())
     summed = ["segments", "explained", "left", "measured", "rest", "path"]
-    found = table.groupby(["stage", "previous_objective"], sort=False, as_index=False)[summed].sum()
+    found = table.groupby(KEY, sort=False, as_index=False)[summed].sum()
     size = found["measured"].abs()
     defined = (size > LOSS_ROUNDING[dtype]) & (size >= CANCELLED * found["path"])
     return found.assign(share=(found["explained"] / found["measured"]).where(defined).astype("Float64"))
+
+
+def by_pair(pairs: pd.DataFrame) -> pd.DataFrame:
+    """What a stage did to the loss of each pair, in nats.
+
+    Two of these, of stages that differ in one thing, may be subtracted: both look back at the same pairs.
+
+    Args:
+        pairs: rows of `LEDGER_PAIR_COLUMNS`.
+
+    Returns:
+        `left` (direction), `curvature` (what the trapezoid adds), `measured`, indexed by `KEY`, `prompt_id`
+        and `pair_id`.
+    """
+    change = {
+        "curvature": pairs["term"] - pairs["left"],
+        "measured": pairs["loss_after"] - pairs["loss_before"],
+    }
+    grouped = pairs.assign(**change).groupby([*KEY, "prompt_id", "pair_id"], sort=False)
+    return grouped[list(PARTS)].sum()
+
+
+def with_intervals(changes: pd.DataFrame) -> pd.DataFrame:
+    """Means of `by_pair` over prompts with 95 % t intervals, which cover where prompts are few.
+
+    Returns:
+        The columns of `KEY`, `n_pairs`, `n_prompts`, and each of `PARTS` with `_low` and `_high`: null for a
+        single prompt.
+    """
+    rows = []
+    for key, group in changes.groupby(KEY, sort=False):
+        prompts = group.groupby("prompt_id").mean()
+        n = len(prompts)
+        reach = prompts.sem() * stats.t.ppf(0.975, n - 1) if n > 1 else prompts.iloc[0] * float("nan")
+        row = dict(zip(KEY, key, strict=True)) | {"n_pairs": len(group), "n_prompts": n}
+        for part, mean in prompts.mean().items():
+            row |= {part: mean, f"{part}_low": mean - reach[part], f"{part}_high": mean + reach[part]}
+        rows.append(row)
+    bounds = [f"{part}{end}" for part in PARTS for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*KEY, "n_pairs", "n_prompts", *bounds])
 
 
 def waterfall(ledger: pd.DataFrame, *, by: str) -> pd.DataFrame:
     """Bars from zero to the measured change: one a part, then the rest, then the measured change itself.
 
     Args:
-        ledger: rows of `LEDGER_COLUMNS` for one earlier objective; several stages follow one another.
+        ledger: rows of `LEDGER_COLUMNS` of one earlier objective and split; stages follow one another.
         by: "step", "layer" or "module".
 
     Returns:

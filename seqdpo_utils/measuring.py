@@ -23,7 +23,7 @@ from trl import DPOTrainer
 
 from seqdpo_utils.conflict import CONFLICT_COLUMNS, conflict_row, dot
 from seqdpo_utils.errors import StudyError
-from seqdpo_utils.ledger import LEDGER_COLUMNS, ProbePoint, segment_rows
+from seqdpo_utils.ledger import LEDGER_COLUMNS, LEDGER_PAIR_COLUMNS, ProbePoint, segment_rows
 from seqdpo_utils.scoring import PromptRow, completion_logps, pack_rows
 
 _LOGGED = (
@@ -40,33 +40,34 @@ class LookBack:
     """What a stage measures of earlier objectives, and whether its steps are projected.
 
     Attributes:
-        earlier: earlier objective to its training pairs, with the columns of `stages.training_rows`.
+        earlier: (earlier objective, split) to its pairs, with the columns of `stages.training_rows`,
+            `pair_id` and `prompt_id`; split "train" or "probe".
         conflict_every: measure the conflict at step 1, 1 + n, 1 + 2n, ...; 0 never does.
-        conflict_pairs: pairs of an earlier objective in one measurement, an even number.
+        conflict_pairs: pairs of an earlier objective and split in one measurement, an even number.
         ledger_every: a point of the ledger before the first step, every n steps and after the last.
-        probe_pairs: fixed pairs of each earlier objective behind the ledger; 0 keeps none.
+        ledger_pairs: fixed pairs of each earlier objective and split behind the ledger; 0 keeps none.
         projection: "earlier" takes from each step what would raise the loss of earlier pairs; "placebo" does
             so with earlier pairs whose labels are at random; None leaves the steps alone.
         stage: number of the stage, from 1.
     """
 
-    earlier: dict[str, Dataset] = field(default_factory=dict)
+    earlier: dict[tuple[str, str], Dataset] = field(default_factory=dict)
     conflict_every: int = 0
     conflict_pairs: int = 2
     ledger_every: int = 1
-    probe_pairs: int = 0
+    ledger_pairs: int = 0
     projection: str | None = None
     stage: int = 1
 
     def check_sizes(self) -> None:
         """Raise StudyError when an earlier objective has fewer pairs than are asked for."""
         drawn_now = self.conflict_pairs if self.conflict_every or self.projection else 0
-        for parameter, pairs in (("conflict_pairs", drawn_now), ("probe_pairs", self.probe_pairs)):
-            for name, rows in self.earlier.items():
+        for parameter, pairs in (("conflict_pairs", drawn_now), ("ledger_pairs", self.ledger_pairs)):
+            for (name, split), rows in self.earlier.items():
                 if pairs > len(rows):
                     raise StudyError(
-                        f"{parameter} = {pairs} exceeds the {len(rows)} training pairs of {name}: "
-                        "lower it or raise train_pairs."
+                        f"{parameter} = {pairs} exceeds the {len(rows)} {split} pairs of {name}: "
+                        f"lower it or raise {split}_pairs."
                     )
 
 
@@ -97,17 +98,18 @@ class MeasuringDPOTrainer(DPOTrainer):
         self.look_back = look_back
         self.conflict_records: list[dict[str, Any]] = []
         self.ledger_records: list[dict[str, Any]] = []
+        self.ledger_pair_records: list[dict[str, Any]] = []
         self._pending: list[tuple[dict[str, Any], list[Tensor]]] = []
         self._before: list[Tensor] = []
         self._held_back: list[Tensor] | None = None
-        self._points: dict[str, ProbePoint] = {}
+        self._points: dict[tuple[str, str], ProbePoint] = {}
         self._probed_at: list[Tensor] = []
         self._first_half: list[Tensor] | None = None
         self._micro_batches = self._pairs_in_step = 0
         self._loss_new = 0.0
         self._probes = {}
-        for number, (name, rows) in enumerate(look_back.earlier.items() if look_back.probe_pairs else ()):
-            self._probes[name] = pick(rows, look_back.probe_pairs, key=(self.args.seed, number))
+        for number, (name, rows) in enumerate(look_back.earlier.items() if look_back.ledger_pairs else ()):
+            self._probes[name] = pick(rows, look_back.ledger_pairs, key=(self.args.seed, number))
         self.add_callback(_Measuring(self))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
@@ -174,7 +176,7 @@ class MeasuringDPOTrainer(DPOTrainer):
         known = {"step": step, "stage": self.look_back.stage, "loss_new": self._loss_new}
         self._first_half, self._micro_batches, self._loss_new = None, 0, 0.0
         half = self.look_back.conflict_pairs // 2
-        for number, (name, rows) in enumerate(self.look_back.earlier.items()):
+        for number, ((name, split), rows) in enumerate(self.look_back.earlier.items()):
             # a function of seed, stage and step, not of the draws before: a resumed stage draws the same
             key = (self.args.seed, number, self.look_back.stage, step)
             chosen = pick(rows, 2 * half, key=key)
@@ -183,14 +185,15 @@ class MeasuringDPOTrainer(DPOTrainer):
                 self._gradient_of(chosen[half:]),
             )
             row = conflict_row(new=whole, new_halves=halves, old_halves=(old_a, old_b))
-            row |= known | {"previous_objective": name, "loss_old": (loss_a + loss_b) / 2}
-            self._note(f"conflict/{name}", {column: row[column] for column in _LOGGED})
+            row |= known | {"previous_objective": name, "split": split, "loss_old": (loss_a + loss_b) / 2}
+            self._note(f"conflict/{name}/{split}", {column: row[column] for column in _LOGGED})
             # the mean of the halves is kept for the ledger column, until the step was taken
             self._pending.append((row, [a.add_(b).div_(2) for a, b in zip(old_a, old_b, strict=True)]))
 
     def _gradient_to_hold_back(self, step: int) -> list[Tensor]:
         """Gradient of the earlier loss that this step may not raise; the placebo's labels are coins."""
-        pool = [row for rows in self.look_back.earlier.values() for row in rows]
+        trained_on = [rows for (_, split), rows in self.look_back.earlier.items() if split == "train"]
+        pool = [row for rows in trained_on for row in rows]
         key = (self.args.seed, _PROJECTION, self.look_back.stage)
         chosen = drawn(len(pool), self.look_back.conflict_pairs, key=(*key, step))
         rows = [pool[i] for i in chosen]
@@ -239,7 +242,7 @@ class MeasuringDPOTrainer(DPOTrainer):
         for row, old in self._pending:
             moved = [p.detach() - b for p, b in zip(self._adapter(), self._before, strict=True)]
             row["ledger"] = dot(old, moved)
-            self._note(f"conflict/{row['previous_objective']}", {"ledger": row["ledger"]})
+            self._note(f"conflict/{row['previous_objective']}/{row['split']}", {"ledger": row["ledger"]})
             self.conflict_records.append(row)
         self._pending, self._before, self._held_back = [], [], None
         if last or self.at_ledger_point:
@@ -254,26 +257,29 @@ class MeasuringDPOTrainer(DPOTrainer):
         """Loss and gradient of every probe set; a point ends one segment and begins the next."""
         if not self._probes:
             return
-        adapter, names = (
-            self._adapter(),
-            [name for name, p in self.model.named_parameters() if p.requires_grad],
-        )
-        moved = (
-            [p.detach() - before for p, before in zip(adapter, self._probed_at, strict=True)]
-            if self._points
-            else []
-        )
-        for name, rows in self._probes.items():
-            point = ProbePoint(self.state.global_step, *self._gradient_of(rows))
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        # pair by pair and in main memory: the move that a gradient is held against is known a point later
+        now, before = [p.detach().clone() for p in self._adapter()], self._probed_at
+        moved = [p - b for p, b in zip(now, before, strict=True)] if self._points else []
+        for (name, split), rows in self._probes.items():
+            each = [self._gradient_of([row]) for row in rows]
+            gradients = [[piece.cpu() for piece in gradient] for _, gradient in each]
+            point = ProbePoint(self.state.global_step, [loss for loss, _ in each], gradients)
             if moved:
-                entries = segment_rows(names, self._points[name], point, moved)
-                place = {"stage": self.look_back.stage, "previous_objective": name}
+                entries, by_pair = segment_rows(names, self._points[name, split], point, moved)
+                place = {"stage": self.look_back.stage, "previous_objective": name, "split": split}
                 self.ledger_records += [place | entry for entry in entries]
-                self._note(
-                    f"ledger/{name}", {"loss": point.loss, "term": sum(entry["term"] for entry in entries)}
-                )
-            self._points[name] = point
-        self._probed_at = [p.detach().clone() for p in adapter]
+                ids = [{key: row[key] for key in ("pair_id", "prompt_id")} for row in rows]
+                pairs = zip(ids, by_pair, strict=True)
+                self.ledger_pair_records += [place | known | entry for known, entry in pairs]
+                ended = {"loss": entries[0]["loss_after"], "term": sum(entry["term"] for entry in entries)}
+                self._note(f"ledger/{name}/{split}", ended)
+            self._points[name, split] = point
+        self._probed_at = now
+
+    def ledger_pairs_table(self) -> pd.DataFrame:
+        """One row a segment, earlier objective and pair; empty, with its columns, without ledger."""
+        return pd.DataFrame(self.ledger_pair_records, columns=list(LEDGER_PAIR_COLUMNS))
 
     def conflict_table(self) -> pd.DataFrame:
         """One row a measured step and earlier objective; empty, with its columns, where none was."""

@@ -1,4 +1,4 @@
-"""What per-pair records say: margins, accuracies, the stage matrix, transfer, pair change, quartiles.
+"""What per-pair records say: margins, accuracies, the stage matrix, transfer, outcomes.
 
 A record holds the sums s(w) and s(l) of one checkpoint (`chosen_logp`, `rejected_logp`, nats) and the token
 counts. Intervals are 95 % bootstrap intervals: prompts are resampled with all their pairs, and so are seeds
@@ -20,8 +20,6 @@ NOT_LEARNED = "not learned"
 MEASURES = ("margin", "relative_accuracy", "policy_margin", "policy_accuracy")
 DELTA = 0.1
 """Half-width of the band of retention that counts as stable, fixed before any run was looked at."""
-UNCHANGED = 0.01
-"""A policy margin that moved by at most this many nats a token counts as unchanged."""
 DECIDING = ("learned", "end", "over_lower", "over_upper")
 """The four contrasts that decide an outcome: R1, and D(c) at 0, 1 - delta and 1 + delta (`outcome`)."""
 _CONTRASTS = {"end": 0.0, "over_lower": 1 - DELTA, "over_upper": 1 + DELTA}
@@ -93,7 +91,7 @@ def resampled_means(
 
     Seeds and prompts are drawn apart, every seed drawn with every prompt drawn. Each way of drawing moves the
     mean by a part of its own (to first order; what only one run does to one prompt counts in both, which errs
-    on the wide side), and `_spread` widens each part, so that percentiles cover with few prompts and seeds.
+    on the wide side), and `widening` widens each part, so that percentiles cover with few prompts and seeds.
     Means are linear in `values`: a contrast of columns has the draws of the contrast of its pairs.
 
     Args:
@@ -116,13 +114,13 @@ def resampled_means(
         np.add.at(sums, cluster, values - mean)
         # a draw is how often each cluster was picked, once on average
         drawn = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
-        draws += _spread(clusters) * (drawn - 1) @ sums / len(values)
+        draws += widening(clusters) * (drawn - 1) @ sums / len(values)
     shares = np.isin(values, (0, 0.5, 1)).all(axis=0)  # wins, whose mean cannot leave 0 to 1
     draws[:, shares] = draws[:, shares].clip(0, 1)
     return draws
 
 
-def _spread(clusters: int) -> float:
+def widening(clusters: int) -> float:
     """What a percentile interval lacks: its variance is (n - 1) / n of the unbiased, its tails a normal's.
 
     So widened it covers means of normal data in 94 to 95 % from n = 4 on (alone: 79 % at 4, 94 % at 32), of
@@ -295,76 +293,3 @@ def gain_in_words(low: float, high: float) -> str:
     if high < 0:
         return "was not learned: its margin fell"
     return "was not shown to be learned (the interval of its gain covers zero)"
-
-
-def pair_change(measures: pd.DataFrame, objective: str, *, before: str, after: str) -> pd.DataFrame:
-    """Each held-out pair's policy margin at two checkpoints, its change, and what the change means.
-
-    Returns:
-        `objective`, `pair_id`, `prompt_id`, `base`, `before`, `after`, `change` (nats per token), `effect`
-        ("helped", "harmed", "unchanged": within `UNCHANGED`), `reordered` ("gained": now right, "lost": no
-        longer right, "same").
-    """
-    wide = wide_margins(measures, objective, measure="policy_margin").reset_index()
-    table = wide[["pair_id", "prompt_id", "base"]].assign(before=wide[before], after=wide[after])
-    table.insert(0, "objective", objective)
-    change, was_right, is_right = table["after"] - table["before"], table["before"] > 0, table["after"] > 0
-    effect = np.select([change > UNCHANGED, change < -UNCHANGED], ["helped", "harmed"], "unchanged")
-    reordered = np.select([~was_right & is_right, was_right & ~is_right], ["gained", "lost"], "same")
-    return table.assign(change=change, effect=effect, reordered=reordered).rename_axis(columns=None)
-
-
-def churn(before: pd.Series, after: pd.Series) -> float:
-    """Share of pairs whose two answers changed places: the sign of the policy margin differs."""
-    return float(((before > 0) != (after > 0)).mean())
-
-
-def quartiles(changes: pd.DataFrame, key: pd.Series, *, resamples: int, rng: Generator) -> pd.DataFrame:
-    """Mean change in four equal groups of pairs, cut by a key.
-
-    Args:
-        changes: `prompt_id` and `change`, one row a pair.
-        key: what to sort by, on the same index; ties keep the table's order, sizes differ by at most one.
-
-    Returns:
-        `quartile` (1 lowest key to 4 highest), `n_pairs`, `change`, `change_low`, `change_high`.
-
-    Raises:
-        StudyError: with fewer than four pairs.
-    """
-    quarters = enumerate(_quarters(changes, key, resamples, rng), start=1)
-    rows = [(quartile, n, mean, *interval(draws)) for quartile, (n, mean, draws) in quarters]
-    return pd.DataFrame(rows, columns=["quartile", "n_pairs", "change", "change_low", "change_high"])
-
-
-def highest_minus_lowest(
-    changes: pd.DataFrame, key: pd.Series, *, resamples: int, rng: Generator
-) -> dict[str, float]:
-    """Mean change of the highest quartile by a key, of the lowest, and their difference with an interval.
-
-    Args:
-        changes: `prompt_id` and `change`, one row a pair.
-        key: what to sort by, on the same index.
-
-    Returns:
-        `lowest`, `highest`, `difference` with `_low` and `_high`; each quartile is resampled by its prompts.
-
-    Raises:
-        StudyError: with fewer than four pairs.
-    """
-    (_, lowest, below), *_, (_, highest, above) = _quarters(changes, key, resamples, rng)
-    low, high = interval(above - below)
-    difference = {"difference": highest - lowest, "difference_low": low, "difference_high": high}
-    return {"lowest": lowest, "highest": highest} | difference
-
-
-def _quarters(changes: pd.DataFrame, key: pd.Series, resamples: int, rng: Generator) -> list[tuple]:
-    """Number of pairs, mean change and draws of it in each quartile, lowest key first."""
-    if len(changes) < 4:
-        raise StudyError(f"{len(changes)} held-out pairs cannot be cut into quartiles: raise eval_pairs.")
-    found = []
-    for rows in np.array_split(np.argsort(key.to_numpy(), kind="stable"), 4):
-        change, prompts = changes["change"].to_numpy()[rows], changes["prompt_id"].to_numpy()[rows]
-        draws = resampled_means(change[:, None], prompts, resamples=resamples, rng=rng)
-        found.append((len(rows), float(change.mean()), draws[:, 0]))
-    return found

@@ -151,39 +151,6 @@ def whole_adapter(movement: pd.DataFrame, *, last: str | None = None) -> pd.Data
     return whole.drop_duplicates("space", keep="last").set_index("space")
 
 
-def shuffled_cosines(
-    checkpoints: dict[str, Adapter], *, scaling: float, repeats: int, generator: torch.Generator
-) -> list[float]:
-    """Cosines in weight space of the first move with a last one that keeps its size but not its direction.
-
-    The changes of every A and every B are shuffled within their matrix: what "orthogonal" looks like here.
-
-    Args:
-        checkpoints: as for `movement_table`.
-        scaling: alpha / r.
-        repeats: how many shuffles.
-        generator: the only source of chance.
-
-    Returns:
-        One cosine a shuffle; none when there is a single move.
-    """
-    if len(checkpoints) < 3:
-        return []
-    *_, before, after = checkpoints
-    steps = {path: checkpoints[before][path] + checkpoints[after][path] for path in checkpoints[after]}
-
-    def shuffled(start: Tensor, end: Tensor) -> Tensor:
-        change = (end - start).flatten()
-        return start + change[torch.randperm(len(change), generator=generator)].reshape(start.shape)
-
-    cosines = []
-    for _ in range(repeats):
-        turned = {path: (shuffled(a, a2), shuffled(b, b2)) for path, (a, b, a2, b2) in steps.items()}
-        table = movement_table(checkpoints | {after: turned}, scaling=scaling)
-        cosines.append(float(whole_adapter(table).loc["weight", "cosine"]))
-    return cosines
-
-
 def update_subspaces(move: Move, *, leading: int) -> tuple[Tensor, Tensor]:
     """Leading left and right singular vectors of B'A' - BA.
 

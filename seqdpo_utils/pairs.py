@@ -24,6 +24,10 @@ from seqdpo_utils.params import Parameters
 
 COLUMNS = ["pair_id", "prompt_id", "objective", "split", "prompt", "chosen", "rejected"]
 COLUMNS += ["chosen_rating", "rejected_rating", "removed_turns"]
+SPLITS = ("eval", "train", "probe", "fresh")
+"""Disjoint by prompt, in the order in which they are filled: held-out pairs for every margin; the pairs that
+stages train on; held-out pairs for gradients alone; pairs for a stage that is to meet new prompts."""
+HELD_OUT = ("eval", "probe")
 NEAR_IDENTICAL = 0.8
 """Prompts whose word 3-gram sets overlap at least so much (Jaccard) count as near-identical."""
 _BLOCK = 512
@@ -112,19 +116,21 @@ def _later_starts(turns: list[dict[str, str]]) -> list[list[dict[str, str]]]:
     return [[*system, *turns[i:]] for i in starts[1:]]
 
 
-def assign_splits(
-    tables: dict[str, pd.DataFrame], *, train_pairs: int, eval_pairs: int
-) -> dict[str, pd.DataFrame]:
-    """Divide prompts, not pairs, into "train" and "eval", the same way for all objectives of a setting.
+def assign_splits(tables: dict[str, pd.DataFrame], *, sizes: dict[str, int]) -> dict[str, pd.DataFrame]:
+    """Divide prompts, not pairs, into splits, the same way for all objectives of a setting.
 
     Prompts are taken in the order of their hash, so that the split depends on the texts and on nothing else.
-    A prompt goes to the evaluation split while one of its objectives still lacks evaluation pairs, then to
-    training; pairs beyond what an objective needs are left out.
+    A prompt goes to the first of `SPLITS` in which one of its objectives still lacks pairs; pairs beyond what
+    an objective needs are left out. So where rows are few, "fresh" falls short first.
+
+    Args:
+        tables: objective to its pairs.
+        sizes: pairs wanted of each objective in each of `SPLITS` (`split_sizes`).
 
     Raises:
-        StudyError: when an objective gets an empty split, with the numbers.
+        StudyError: when an objective gets no pair for a split that must have some, with the numbers.
     """
-    wanted = {"eval": eval_pairs, "train": train_pairs}
+    wanted = {split: sizes[split] for split in SPLITS}
     taken: dict[tuple[str, str], list[int]] = {(name, split): [] for name in tables for split in wanted}
     rows_of = {name: table.groupby("prompt_id").indices for name, table in tables.items()}
     for prompt_id in sorted(set().union(*rows_of.values()), key=lambda prompt_id: _hash("split", prompt_id)):
@@ -134,16 +140,20 @@ def assign_splits(
             for name, numbers in rows.items():
                 taken[name, split].extend(numbers[: wanted[split] - len(taken[name, split])])
     for (name, split), numbers in taken.items():
-        if not numbers:
-            asked = f"train_pairs = {train_pairs} and eval_pairs = {eval_pairs}"
+        if not numbers and wanted[split] and split != "fresh":
+            asked = ", ".join(f"{part}_pairs = {count}" for part, count in wanted.items())
             what = f"the {split} split of {name!r} is empty: {len(tables[name])} usable pairs for {asked}"
             raise StudyError(f"{what}. Give a larger source or ask for fewer pairs.")
-    return {name: _split(table, taken[name, "train"], taken[name, "eval"]) for name, table in tables.items()}
+    found = {}
+    for name, table in tables.items():
+        parts = [table.iloc[taken[name, split]].assign(split=split) for split in SPLITS]
+        found[name] = pd.concat(parts, ignore_index=True)[COLUMNS]
+    return found
 
 
-def _split(table: pd.DataFrame, train: list[int], held_out: list[int]) -> pd.DataFrame:
-    parts = [table.iloc[train].assign(split="train"), table.iloc[held_out].assign(split="eval")]
-    return pd.concat(parts, ignore_index=True)[COLUMNS]
+def split_sizes(parameters: Parameters) -> dict[str, int]:
+    """Pairs of an objective wanted in each split."""
+    return {split: getattr(parameters, f"{split}_pairs") for split in SPLITS}
 
 
 def prepare(
@@ -155,8 +165,8 @@ def prepare(
     the other lines say more about some of them.
 
     Args:
-        parameters: `source`, `subset`, `revision`, `layout`, `objectives`, `max_length`, `train_pairs` and
-            `eval_pairs` are read.
+        parameters: `source`, `subset`, `revision`, `layout`, `objectives`, `max_length` and the sizes of
+            `split_sizes` are read.
         tokenizer: the base model's.
         root: the project's folder, which a relative `source` starts from.
 
@@ -175,26 +185,27 @@ def prepare(
         counts += [(name, f"dropped: {reason}", n) for reason, n in sorted(dropped.items())]
         counts += [(name, what, n) for what, n in sorted(fitted.items())]
     usable = {name: len(table) for name, table in tables.items()}
-    tables = assign_splits(tables, train_pairs=parameters.train_pairs, eval_pairs=parameters.eval_pairs)
+    tables = assign_splits(tables, sizes=split_sizes(parameters))
     similar = near_identical(tables)["eval_prompt_id"]
     for name, table in tables.items():
-        held_out = table[table["split"] == "eval"]
+        held_out, in_split = table[table["split"].isin(HELD_OUT)], table["split"].value_counts()
         alike = held_out.loc[held_out["prompt_id"].isin(similar), "prompt_id"].nunique()
-        counts += [(name, "pairs for train", len(table) - len(held_out))]
-        counts += [(name, "pairs for eval", len(held_out))]
+        counts += [(name, f"pairs for {split}", int(in_split.get(split, 0))) for split in SPLITS]
         counts += [(name, "left over: not needed for the sizes asked", usable[name] - len(table))]
         counts += [(name, "held-out prompts near-identical to a training prompt", alike)]
     return tables, pd.DataFrame(counts, columns=["objective", "what", "rows"])
 
 
 def leaked_prompts(tables: dict[str, pd.DataFrame]) -> set[str]:
-    """Prompts (by id, so after normalisation) that stand in both splits of any objectives; must be empty."""
-    prompts = pd.concat(tables.values()).groupby("split")["prompt_id"].agg(set)
-    return set.intersection(*prompts) if len(prompts) > 1 else set()
+    """Prompts (by id, so after normalisation) that stand in two splits of any objectives; must be empty."""
+    splits = pd.concat(tables.values()).groupby("prompt_id")["split"].nunique()
+    return set(splits.index[splits > 1])
 
 
 def near_identical(tables: dict[str, pd.DataFrame], *, threshold: float = NEAR_IDENTICAL) -> pd.DataFrame:
     """Held-out prompts that nearly repeat a training prompt of any objective: paraphrases that a hash misses.
+
+    Held out are the splits of `HELD_OUT`; stages train on the others.
 
     A prompt, all its turns normalised and joined, is the set of its sequences of three words (of all its
     words when it has fewer). Similarity is Jaccard's: sequences in common over sequences in either. Prompts
@@ -207,7 +218,8 @@ def near_identical(tables: dict[str, pd.DataFrame], *, threshold: float = NEAR_I
     pooled = pd.concat(tables.values()).drop_duplicates(["split", "prompt"])
     names, grams = pooled["prompt_id"].to_numpy(), _gram_matrix(pooled["prompt"])
     sizes = np.asarray(grams.sum(axis=1)).ravel()
-    held_out, train = (np.flatnonzero(pooled["split"] == split) for split in ("eval", "train"))
+    away = pooled["split"].isin(HELD_OUT)
+    held_out, train = np.flatnonzero(away), np.flatnonzero(~away)
     found = []
     for start in range(0, len(held_out), _BLOCK):  # in blocks, so that the product stays small
         block = held_out[start : start + _BLOCK]

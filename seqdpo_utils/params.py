@@ -20,7 +20,7 @@ from seqdpo_utils.layouts import LAYOUTS
 
 EMBEDDED_MODELS = ("models/smollm2-135m-instruct", "models/tiny-random-llama")
 """Values of `base_model` that `seqdpo_utils.models.prepare_model` builds."""
-NEEDS_EARLIER = ("reference", "replay", "projection")
+NEEDS_EARLIER = ("reference", "replay", "projection", "prompts_across_stages")
 """Parameters of a stage that mean nothing where no stage came before."""
 LOSSES = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
@@ -67,6 +67,7 @@ class Training(_Checked):
     reference: NotNegative
     replay: BelowOne
     projection: Literal["earlier", "placebo"] | None
+    prompts_across_stages: Literal["shared", "disjoint"]
 
 
 class Model(_Checked):
@@ -95,10 +96,13 @@ class Scale(Model, Training):
     max_length: Annotated[int, Field(ge=16)]
     train_pairs: Count
     eval_pairs: Annotated[int, Field(ge=2)]
+    probe_pairs: CountOrNone
+    fresh_pairs: CountOrNone
     conflict_every: CountOrNone
     conflict_pairs: Annotated[int, Field(ge=2, multiple_of=2)]
     ledger_every: Count
-    probe_pairs: CountOrNone
+    ledger_pairs: CountOrNone
+    keep_every: CountOrNone
     kl_pairs: CountOrNone
     scored_splits: Annotated[list[Literal["train", "eval"]], Field(min_length=1)]
     token_budget: Annotated[int, Field(ge=64)]
@@ -147,6 +151,13 @@ class Parameters(Scale, Setting):
         if len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives {self.objectives} name one objective twice")
         return self
+
+
+class Design(_Checked):
+    """Which chains a study runs, and the notebook that compares them."""
+
+    chains: Annotated[list[str], Field(min_length=1)]
+    notebook: Annotated[str, Field(pattern=r"^[0-9]{2}_[a-z0-9_]+$")] | None = None
 
 
 SHAPING = (*Model.model_fields, *Training.model_fields, "seed")
@@ -418,7 +429,7 @@ def chosen_chains(
     settings = list(settings)
     found: dict[str, list[Chain]] = {each.setting: [] for each in settings}
     for design in designs:
-        templates = design_templates(root, design)
+        templates = read_design(root, design).chains
         for each in settings:
             found[each.setting] += expand(templates, each.objectives)[0]
         if not any(expand(templates, each.objectives)[0] for each in settings):
@@ -438,16 +449,19 @@ def chosen_chains(
     return {setting: list(dict.fromkeys(map(str, chains))) for setting, chains in found.items() if chains}
 
 
-def design_templates(root: Path, design: str) -> list[str]:
-    """The templates of a design (`params/designs/<design>.yaml`).
+def read_design(root: Path, design: str) -> Design:
+    """A design (`params/designs/<design>.yaml`).
 
     Raises:
-        StudyError: for an unknown design, or a file that is not one list named `chains`.
+        StudyError: for an unknown design, or a file that is not what `Design` says.
     """
     file = root / "params" / "designs" / f"{check_word(design, 'design')}.yaml"
     content = read_yaml(file)
-    templates = content.get("chains")
-    listed = isinstance(templates, list) and templates and all(isinstance(each, str) for each in templates)
-    if set(content) != {"chains"} or not listed:
-        raise StudyError(f"{file}: expected one key, chains, with a list of templates such as A-then-B.")
-    return templates
+    try:
+        return Design.model_validate(content)
+    except ValidationError as error:
+        origin = dict.fromkeys(content, str(file))
+        faults = "\n".join(_explain(fault, origin) for fault in error.errors())
+        raise StudyError(
+            f"{file}: expected chains, with a list of templates such as A-then-B.\n{faults}"
+        ) from error

@@ -106,6 +106,20 @@ class RunPaths:
         return self.node / "ledger.parquet"
 
     @property
+    def ledger_pairs(self) -> Path:
+        """The ledger pair by pair, so that it has intervals."""
+        return self.node / "ledger_pairs.parquet"
+
+    @property
+    def within(self) -> Path:
+        """Per-pair records at adapters kept within the stage, with their `step`."""
+        return self.node / "within.parquet"
+
+    def kept(self, step: int | str) -> Path:
+        """The adapter kept after so many optimiser steps of the stage."""
+        return self.node / "kept" / f"step-{step}"
+
+    @property
     def movement(self) -> Path:
         return self.node / "movement.parquet"
 
@@ -206,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_chain(run: RunPaths, name: str) -> pd.DataFrame:
-    """One table ("scores", "conflict", "ledger", "kl", "history") of every stage, in order of training."""
+    """One table (named as the attribute: "scores", "ledger", ...) of every stage, in order of training."""
     import pandas as pd
 
     tables = [read_table(getattr(node, name)) for node in run.lineage]

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 
 from seqdpo_utils.errors import StudyError
-from seqdpo_utils.pairs import encode_table
+from seqdpo_utils.pairs import SPLITS, encode_table
 from seqdpo_utils.paths import REPORT_KEY, write_table, write_whole
 from seqdpo_utils.scoring import PromptRow, Scorer, bare_model, prompt_rows, rounding
 
@@ -99,7 +99,7 @@ def score_base(
 
     def records() -> Iterator[pd.DataFrame]:
         checked = False
-        for chunk in prompt_chunks(files, ("train", "eval")):
+        for chunk in prompt_chunks(files, SPLITS):
             pairs = chunk.drop_duplicates("pair_id")
             with lock:
                 known = _cached(cache, pairs)

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from seqdpo_utils.metrics import interval, pair_change, relative_wins, resampled_means
+from seqdpo_utils.metrics import interval, relative_wins, resampled_means
+from seqdpo_utils.redistribution import pair_change
 
 _SUMS = ["chosen_logp", "rejected_logp"]
 _SPEARMAN = ("spearman", "spearman_low", "spearman_high")
@@ -57,23 +58,38 @@ def _with_bounds(measures: pd.DataFrame, *, resamples: int, rng: np.random.Gener
     return row
 
 
-def divergence_table(divergence: pd.DataFrame, *, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
+def divergence_table(divergence: pd.DataFrame) -> pd.DataFrame:
     """Mean KL from the base for each checkpoint and objective, with an interval.
 
     Args:
         divergence: from `divergence.base_divergence`, checkpoints one below the other; may be empty.
-        resamples: bootstrap draws over prompts.
-        rng: the only source of chance.
 
     Returns:
         `checkpoint`, `objective`, `n_pairs`, `kl`, `kl_low`, `kl_high`, in nats a token; an answer counts
-        once, whatever its length.
+        once, whatever its length. The interval is Student's t over the means of prompts, which are too few
+        to resample; null for a single prompt.
     """
     rows = []
     for (checkpoint, objective), group in divergence.groupby(["checkpoint", "objective"], sort=False):
+        prompts, kl = group.groupby("prompt_id")["kl"].mean(), group["kl"].mean()
+        reach = prompts.sem() * stats.t.ppf(0.975, max(len(prompts) - 1, 1))
         row = {"checkpoint": checkpoint, "objective": objective, "n_pairs": group["pair_id"].nunique()}
-        rows.append(row | _with_bounds(group.set_index("prompt_id")[["kl"]], resamples=resamples, rng=rng))
+        rows.append(row | {"kl": kl, "kl_low": kl - reach, "kl_high": kl + reach})
     return pd.DataFrame(rows, columns=["checkpoint", "objective", "n_pairs", "kl", "kl_low", "kl_high"])
+
+
+def largest_drift(table: pd.DataFrame) -> str:
+    """On whose answers the policy drifted most, for a sentence.
+
+    `table`: rows of `divergence_table` at one checkpoint.
+    """
+    ordered = table.sort_values("kl")
+    if len(table) < 2:
+        return "no other objective to compare with"
+    if np.ptp(table["kl"]) <= 1e-9:
+        return "equal, since the objectives share these answers"
+    apart = ordered["kl_low"].iloc[-1] > ordered["kl_high"].iloc[:-1].max()
+    return f"largest on **{ordered['objective'].iloc[-1]}**" if apart else "the intervals overlap"
 
 
 def length_as_predictor(

@@ -7,12 +7,13 @@ model unless a variant says otherwise.
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ tokens a pair, differed by at most 8e-6 and 0.19 a square root."""
 CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints of an unfinished stage."""
 _MEASURED = "measured.json"  # written last, so a checkpoint that has it is whole
+_TABLES = ("conflict_records", "ledger_records", "ledger_pair_records")
 _STOPPED = "Training stopped before its first step."
 _SUMS = ["chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
 
@@ -70,13 +72,14 @@ class StageData:
     Attributes:
         rows: the stage's pairs as token ids, with the base model's sums as reference.
         reference: these sums as a table, in the same order.
-        earlier: earlier objective to its training pairs, with their own labels and the base model's sums.
+        earlier: (earlier objective, split) to its pairs of "train" and, held out, of "probe", with their own
+            labels and the base model's sums.
         fingerprints: of data, base model, tokenizer and dtype.
     """
 
     rows: Dataset
     reference: pd.DataFrame
-    earlier: dict[str, Dataset] = field(default_factory=dict)
+    earlier: dict[tuple[str, str], Dataset] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
@@ -94,9 +97,11 @@ def prepare_stage(root: Path, run: RunPaths, tokenizer: Any, *, parameters: Para
         check_trained(run.at(chain.parent), dict(parameters), varied=changes)
     pairs = training_pairs(run, dict(parameters))
     earlier = {}
-    for objective in chain.earlier:
-        table = with_sums(run, objective)
-        earlier[objective] = training_rows(encode_table(tokenizer, table), table)
+    for objective, split in itertools.product(chain.earlier, ("train", "probe")):
+        if len(table := with_sums(run, objective, splits=[split])):
+            rows = training_rows(encode_table(tokenizer, table), table)
+            named = {name: table[name].tolist() for name in ("pair_id", "prompt_id")}
+            earlier[objective, split] = Dataset.from_dict(rows.to_dict() | named)
     return StageData(training_rows(encode_table(tokenizer, pairs), pairs), pairs, earlier, prints)
 
 
@@ -118,27 +123,40 @@ def check_fingerprints(
     return now
 
 
-def with_sums(run: RunPaths, objective: str) -> pd.DataFrame:
-    """Training pairs of an objective with the base model's sums and token counts beside their texts."""
-    pairs = read_table(run.data(objective)).query("split == 'train'").reset_index(drop=True)
+def with_sums(run: RunPaths, objective: str, *, splits: Collection[str] = ("train",)) -> pd.DataFrame:
+    """Pairs of an objective with the base model's sums and token counts beside their texts."""
+    pairs = read_table(run.data(objective)).query("split in @splits").reset_index(drop=True)
     return pairs.join(records_of(read_table(run.base_scores), pairs)[_SUMS])
+
+
+def stage_seed(chain: str, seed: int) -> int:
+    """Seed of the draws of a chain's last stage.
+
+    Every stage has its own: with one for all, stages that share prompts would meet them in one order.
+    """
+    return 1000 * seed + chain.count(THEN) + 1
 
 
 def training_pairs(run: RunPaths, shaping: Mapping[str, Any]) -> pd.DataFrame:
     """The pairs that the last stage of a chain trains on, as it sees them, with the base model's sums.
 
     The pairs of its objectives are pooled, a share of them is taken, labels are turned, and pairs of earlier
-    stages, as those stages saw them, take the place of some.
+    stages, as those stages saw them, take the place of some. A stage with `prompts_across_stages` "disjoint"
+    takes as many pairs of each objective, but from prompts that no earlier stage trained on.
 
     Args:
         run: the chain.
-        shaping: `seed`, `train_share`, `flipped`, `shuffled_labels` and `replay` of the stage.
+        shaping: `seed`, `train_share`, `flipped`, `shuffled_labels`, and for a later stage `replay` and
+            `prompts_across_stages`.
 
     Raises:
-        StudyError: when a share is so small that it changes nothing.
+        StudyError: when a share is so small that it changes nothing, or too few new prompts are left.
     """
-    seed, stage = shaping["seed"], Chain.parse(run.chain).last
-    pairs = pd.concat([with_sums(run, objective) for objective in stage.objectives], ignore_index=True)
+    seed, stage = stage_seed(run.chain, shaping["seed"]), Chain.parse(run.chain).last
+    if shaping.get("prompts_across_stages") == "disjoint" and run.lineage[:-1]:
+        pairs = pd.concat([_unseen(run, objective) for objective in stage.objectives], ignore_index=True)
+    else:
+        pairs = pd.concat([with_sums(run, objective) for objective in stage.objectives], ignore_index=True)
     if shaping["train_share"] < 1:
         pairs = part_of(pairs, share=shaping["train_share"], seed=seed)
     if shaping["shuffled_labels"]:
@@ -147,11 +165,26 @@ def training_pairs(run: RunPaths, shaping: Mapping[str, Any]) -> pd.DataFrame:
         pairs = turn_labels(pairs, share=shaping["flipped"], seed=seed)
     if not shaping.get("replay"):  # a first stage has nothing to replay, and its notebook does not name it
         return pairs
-    stages_before = [
-        training_pairs(node, read_json(node.manifest)["parameters"]) for node in run.lineage[:-1]
-    ]
-    earlier = pd.concat(stages_before, ignore_index=True).drop_duplicates(["objective", "pair_id"])
+    earlier = _trained_before(run).drop_duplicates(["objective", "pair_id"])
     return replay(pairs, earlier, share=shaping["replay"], seed=seed)
+
+
+def _trained_before(run: RunPaths) -> pd.DataFrame:
+    """The pairs of all stages before the last, as they saw them."""
+    before = [training_pairs(node, read_json(node.manifest)["parameters"]) for node in run.lineage[:-1]]
+    return pd.concat(before, ignore_index=True)
+
+
+def _unseen(run: RunPaths, objective: str) -> pd.DataFrame:
+    """As many pairs of an objective as its training split has, on prompts that no earlier stage saw."""
+    pairs, seen = with_sums(run, objective, splits=["train", "fresh"]), _trained_before(run)["prompt_id"]
+    wanted, new = int((pairs["split"] == "train").sum()), pairs[~pairs["prompt_id"].isin(seen)]
+    if len(new) < wanted:
+        raise StudyError(
+            f"chain '{run.chain}': {len(new)} pairs of {objective} have prompts that no earlier stage saw, "
+            f"{wanted} are needed: raise fresh_pairs or give a larger source."
+        )
+    return new.head(wanted).reset_index(drop=True)
 
 
 def training_rows(encoded: Sequence[EncodedPair], reference: pd.DataFrame) -> Dataset:
@@ -209,7 +242,7 @@ def dpo_config(parameters: Parameters, *, pairs: int, output_dir: Path) -> DPOCo
         activation_checkpointing=parameters.activation_checkpointing,
         precompute_ref_log_probs=True,
         disable_dropout=parameters.lora_dropout == 0,  # TRL's default would undo lora_dropout without a word
-        seed=parameters.seed,
+        seed=stage_seed(parameters.chain, parameters.seed),
         use_cpu=on_cpu,
         bf16=not on_cpu and parameters.dtype == "bfloat16",
         dataloader_pin_memory=not on_cpu,
@@ -249,6 +282,18 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
+class _Keeper(TrainerCallback):
+    """Keeps the adapter every few steps, except after the last, which is the stage's own."""
+
+    def __init__(self, model: Any, run: RunPaths, *, every: int) -> None:
+        self.model, self.run, self.every = model, run, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            folder = self.run.kept(state.global_step)
+            save_adapter(self.model, folder, manifest={"step": state.global_step})
+
+
 class _Checkpoints(TrainerCallback):
     """Saves a checkpoint after the last step, and before it at points of the ledger, at most one a minute.
 
@@ -267,7 +312,7 @@ class _Checkpoints(TrainerCallback):
         control.should_save = due or control.should_training_stop
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        measured = {"conflict": self.trainer.conflict_records, "ledger": self.trainer.ledger_records}
+        measured = {name: getattr(self.trainer, name) for name in _TABLES}
         # TRL would count the tokens anew
         measured |= {"seconds": self.progress.seconds, "tokens": self.trainer._total_train_tokens}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -279,7 +324,8 @@ class _Checkpoints(TrainerCallback):
     def restore(self, folder: Path) -> None:
         """Take up what was measured before the checkpoint in `folder`."""
         measured = read_json(folder / _MEASURED)
-        self.trainer.conflict_records, self.trainer.ledger_records = measured["conflict"], measured["ledger"]
+        for name in _TABLES:
+            setattr(self.trainer, name, measured[name])
         self.progress.seconds, self.trainer._total_train_tokens = measured["seconds"], measured["tokens"]
 
 
@@ -346,7 +392,7 @@ def stage_trainer(
     """
     look_back = LookBack()
     if data.earlier:
-        keys = ("conflict_every", "conflict_pairs", "ledger_every", "probe_pairs", "projection")
+        keys = ("conflict_every", "conflict_pairs", "ledger_every", "ledger_pairs", "projection")
         number = parameters.chain.count(THEN) + 1
         look_back = LookBack(data.earlier, stage=number, **{key: getattr(parameters, key) for key in keys})
     trainer = MeasuringDPOTrainer(
@@ -391,8 +437,13 @@ def begin_stage(
     if run.previous == run.start:
         start_adapter(root, parameters, run.start)  # a study made it; a notebook run by hand makes it now
     folder = unfinished_folder(run, parameters=parameters, fingerprints=data.fingerprints)
+    if not folder.exists():  # a stage that begins anew; one that goes on keeps what it kept
+        shutil.rmtree(run.kept(0).parent, ignore_errors=True)
     options = {"parameters": parameters, "output_dir": folder, "previous": run.previous}
-    return stage_trainer(base, tokenizer, data, **options)
+    trainer = stage_trainer(base, tokenizer, data, **options)
+    if parameters.keep_every:
+        trainer.add_callback(_Keeper(trainer.model, run, every=parameters.keep_every))
+    return trainer
 
 
 def mixed_reference(rows: Dataset, before: Sequence[Sequence[float]], *, share: float) -> Dataset:
@@ -446,9 +497,9 @@ def prove_reference(trainer: DPOTrainer, data: StageData, *, share: float = 0.0)
     _compare(trainer, table, "cached_base", "adapter_off", meaning=stale)
     _compare(trainer, table, "trainer_reference", live, slack=slack, meaning=wrong)
     tables = [table]
-    for objective, rows in data.earlier.items():
-        few = _first(rows)
-        table = _completions(trainer.model, few, _stored_references(few), of=f" of earlier {objective}")
+    for (objective, split), rows in data.earlier.items():
+        few, of = _first(rows), f" of earlier {objective} ({split})"
+        table = _completions(trainer.model, few, _stored_references(few), of=of)
         wrong = f"the reference of the earlier objective {objective} is not the base model"
         _compare(trainer, table, "trainer_reference", "adapter_off", meaning=wrong)
         tables.append(table)
@@ -532,6 +583,35 @@ def score_stage(
     return records.query("split == 'eval'").reset_index(drop=True)
 
 
+def score_within(
+    trainer: MeasuringDPOTrainer, run: RunPaths, tokenizer: Any, *, parameters: Parameters
+) -> pd.DataFrame:
+    """Score the adapters that were kept within the stage; also written to `run.within`.
+
+    Forgetting can then be compared where two stages have gained equally much. The trained weights are put
+    back.
+
+    Returns:
+        The held-out records, with the `step` of the adapter; none where `keep_every` is 0.
+    """
+    adapter = [p for p in trainer.model.parameters() if p.requires_grad]
+    final, files = [p.detach().clone() for p in adapter], [run.data(name) for name in parameters.objectives]
+    folders = sorted(run.kept(0).parent.glob("step-*"), key=lambda folder: int(folder.name[5:]))
+    tables = []
+    for folder in folders:
+        load_adapter(trainer.model, folder)
+        beside = folder / "scores.parquet"
+        score_files(trainer.scorer, tokenizer, files, beside, splits=["eval"], checkpoint=run.chain)
+        tables.append(read_table(beside).assign(step=int(folder.name[5:])))
+    with torch.no_grad():
+        for weight, kept in zip(adapter, final, strict=True):
+            weight.copy_(kept)
+    none = read_table(run.scores).head(0).assign(step=0)
+    within = pd.concat(tables, ignore_index=True) if tables else none
+    write_table(run.within, within)
+    return within
+
+
 def measure_drift(
     trainer: MeasuringDPOTrainer, run: RunPaths, tokenizer: Any, *, parameters: Parameters
 ) -> pd.DataFrame:
@@ -573,6 +653,7 @@ def save_stage(
     write_table(run.history, history_table(trainer))
     write_table(run.conflict, trainer.conflict_table())
     write_table(run.ledger, trainer.ledger_table())
+    write_table(run.ledger_pairs, trainer.ledger_pairs_table())
     manifest = {
         "device": str(trainer.accelerator.device),
         "dtype": str(trainer.model.dtype).removeprefix("torch."),

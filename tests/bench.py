@@ -260,19 +260,19 @@ def _overhead(case: Case) -> list[dict[str, Any]]:
     half = min(OVERHEAD_PAIRS, len(case.table) // 2)
     encoded = case.encoded(2 * half)
     data = _stage_data(case, encoded[:half], harmless=_stage_data(case, encoded[half:]).rows)
-    sizes = {"pairs_per_step": 8, "conflict_pairs": 4, "probe_pairs": 2}
+    sizes = {"pairs_per_step": 8, "conflict_pairs": 4, "ledger_pairs": 2}
     seconds, measured = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for every in (0, 1, 4):
             measuring = {"conflict_every": every, "ledger_every": max(every, 1)}
-            measuring |= {} if every else {"probe_pairs": 0}
+            measuring |= {} if every else {"ledger_pairs": 0}
             parameters = case.parameters.model_copy(update=sizes | measuring)
             options = {"parameters": parameters, "output_dir": Path(folder)}
             trainer = stages.stage_trainer(case.base(), case.tokenizer, data, **options)
             seconds[every] = _seconds(trainer.train)
             points = trainer.ledger_table()["step"].nunique() + 1
             drawn = len(trainer.conflict_table()) * sizes["conflict_pairs"]
-            measured[every] = (drawn + points * sizes["probe_pairs"]) / half
+            measured[every] = (drawn + points * sizes["ledger_pairs"]) / half
             _tell(f"stage of {half} pairs, measured every {every} steps: {seconds[every]:.2f} s")
     rows = []
     for every, words in ((1, "every step"), (4, "every fourth step")):

@@ -172,7 +172,7 @@ def composed() -> dict[str, list[tuple[dict[str, Any], Truth]]]:
     }
 
 
-def judged(*, train_pairs: int, eval_pairs: int) -> pd.DataFrame:
+def judged(sizes: dict[str, int]) -> pd.DataFrame:
     """Every pair that the embedded rows give, with its split and what the truth says of its label.
 
     "right": the truth rates the chosen answer higher; "wrong": the rejected one; "undecided": both alike, so
@@ -190,7 +190,7 @@ def judged(*, train_pairs: int, eval_pairs: int) -> pd.DataFrame:
             for _, behind in rows:
                 truth |= {(name, *key): ratings[name] for key, ratings in behind.items()}
             tables[name], _ = pairs.pairs_of([row for row, _ in rows], layout=layout, objective=name)
-        split = pairs.assign_splits(tables, train_pairs=train_pairs, eval_pairs=eval_pairs)
+        split = pairs.assign_splits(tables, sizes=sizes)
         for name, table in tables.items():
             where = split[name].set_index("pair_id")["split"]
             sign = -1 if name in layouts.LAYOUTS[layout].lower_is_better else 1
@@ -264,7 +264,7 @@ def card(text: str, table: str) -> str:
 def classroom() -> pd.DataFrame:
     """`judged` at the sizes of the classroom scale."""
     sizes = yaml.safe_load((EMBEDDED.parents[1] / "params" / "defaults.yaml").read_text(encoding="utf-8"))
-    return judged(train_pairs=sizes["train_pairs"], eval_pairs=sizes["eval_pairs"])
+    return judged({split: sizes[f"{split}_pairs"] for split in pairs.SPLITS})
 
 
 def main() -> None:

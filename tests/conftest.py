@@ -40,7 +40,7 @@ def base(root, tokenizer):
 def parameters(root) -> params.Parameters:
     """The smoke scale on the first setting, without conflict measurement and without a ledger."""
     flat = params.resolve(root, scale="smoke", setting="distributional_conflict")
-    return flat.model_copy(update={"conflict_every": 0, "probe_pairs": 0})
+    return flat.model_copy(update={"conflict_every": 0, "ledger_pairs": 0})
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +81,16 @@ def records_for(model, pairs: list[EncodedPair], *, checkpoint: str = "base") ->
 
 
 def rows_for(model, pairs: list[EncodedPair]) -> Dataset:
-    return stages.training_rows(pairs, records_for(model, pairs))
+    """Rows of earlier pairs, as `stages.prepare_stage` makes them."""
+    records = records_for(model, pairs)
+    named = {name: records[name].tolist() for name in ("pair_id", "prompt_id")}
+    return Dataset.from_dict(stages.training_rows(pairs, records).to_dict() | named)
 
 
 def data_for(model, pairs: list[EncodedPair], **earlier: list[EncodedPair]) -> stages.StageData:
-    """What a stage trains on and looks back at, with the sums of `model` as reference."""
+    """What a stage trains on and looks back at, its training pairs, with the sums of `model` as reference."""
     records = records_for(model, pairs)
-    old = {name: rows_for(model, others) for name, others in earlier.items()}
+    old = {(name, "train"): rows_for(model, others) for name, others in earlier.items()}
     return stages.StageData(stages.training_rows(pairs, records), records, old)
 
 

@@ -72,12 +72,13 @@ OUTPUTS = {
     "00": {},
     "01": {"records.parquet": ["scores/base.parquet"], "preparation.json": ["data/preparation.json"]},
     "02": {"records.parquet": ["scores.parquet"], "manifest.json": ["adapter/manifest.json"],
-           "table.parquet": ["history.parquet", "kl.parquet", "conflict.parquet", "ledger.parquet"]},
+           "table.parquet": [f"{name}.parquet" for name in (
+               "history", "kl", "conflict", "ledger", "ledger_pairs", "within")]},
     "04": {"table.parquet": ["tables/stage_matrix.parquet", "tables/transfer.parquet"]},
     "05": {"table.parquet": ["tables/pair_change.parquet", "tables/quartiles.parquet"]},
     "06": {"table.parquet": ["movement.parquet", *(f"tables/{name}.parquet" for name in (
            "subspace", "ledger", "displacement", "log_probabilities", "kl", "length"))]},
-    "07": {},
+    "07": {}, "09": {}, "10": {}, "11": {}, "12": {},
 }  # fmt: skip
 
 
@@ -105,7 +106,7 @@ def stub_project(folder: Path) -> Path:
         cells = nbformat.read(file, as_version=4).cells
         declared = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
         code = 'chain, seed = "", 0' if number == "01" else "pass"
-        source = "pass" if number in ("00", "07") else STUB.replace("NUMBER", repr(number))
+        source = "pass" if not (OUTPUTS | {"03": 1})[number] else STUB.replace("NUMBER", repr(number))
         made = new_notebook(cells=[declared, new_code_cell(code), new_code_cell(source)])
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "p", "language": "python"}
         nbformat.write(made, file)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seqdpo_utils.chains import Chain, Stage, check_chain, expand, tree
+from seqdpo_utils.chains import AGAIN, SHUFFLED, Chain, Stage, check_chain, controls, expand, tree
 from seqdpo_utils.errors import StudyError
 
 TEXTS = [
@@ -96,3 +96,11 @@ def test_designs_are_templates_over_the_objectives(templates, objectives, chains
 def test_three_objectives_have_six_orders_and_fifteen_trainings():
     orders, _ = expand(["A-then-B-then-C"], ["x", "y", "z"])
     assert len(orders) == 6 and len(tree(orders)) == 15
+
+
+def test_controls_are_the_same_chain_with_another_last_stage():
+    among = ["a-then-b", "a-then-b.shuffled", "a-then-a", "b-then-b", "a-then-b-then-a"]
+    found = {text: controls(Chain.parse(text), among) for text in among}
+    assert found["a-then-b"] == {SHUFFLED: "a-then-b.shuffled", AGAIN: "a-then-a"}
+    assert found["a-then-b.shuffled"] == found["a-then-a"] == {}, "a control has none of its own"
+    assert controls(Chain.parse("a"), among) == controls(Chain.parse("b-then-a"), among[:1]) == {}

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from seqdpo_utils import charts
-from seqdpo_utils.chains import Chain
+from seqdpo_utils.chains import AGAIN, SHUFFLED, Chain
 
 FETCHED = r"""(?:src|href|xlink:href)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?https?:|@import"""
 OUTSIDE = re.compile(FETCHED, re.IGNORECASE)
@@ -37,7 +37,7 @@ def matrix() -> pd.DataFrame:
 
 def conflict_rows() -> pd.DataFrame:
     cosines = {"matched_cosine": [0.1, -0.1], "within_cosine": [0.0, None], "within_new_cosine": [0.2, 0.1]}
-    return pd.DataFrame({"step": [1, 4], "stage": 2, "previous_objective": "a"} | cosines)
+    return pd.DataFrame({"step": [1, 4], "stage": 2, "previous_objective": "a", "split": "probe"} | cosines)
 
 
 def bars() -> pd.DataFrame:
@@ -71,12 +71,20 @@ def after_each_stage(stages: int) -> pd.DataFrame:
 
 
 def changes() -> pd.DataFrame:
-    return pd.DataFrame({"before": [0.1, -0.2], "after": [-0.1, -0.2], "reordered": ["lost", "same"]})
+    margins = {"margin_before": [0.5, -0.25], "margin_after": [-0.5, -0.25], "crossed": ["both", "neither"]}
+    ends = {"before": [0.1, -0.2], "after": [-0.1, -0.2], "change": [-0.2, 0.0], "objective": "b"}
+    return pd.DataFrame(ends | {"reordered": ["lost", "same"]} | margins)
+
+
+def lines() -> pd.DataFrame:
+    means = {"learned": [-0.25, 0.5], "kept": [-0.3, 0.1], "kept_low": [-0.4, 0.0], "kept_high": [-0.2, 0.2]}
+    return pd.DataFrame(means | {"objective": "b"})
 
 
 def quartiles() -> pd.DataFrame:
-    means = {"change": 0.1, "change_low": 0.0, "change_high": 0.2}
-    rows = {"key": ["base"] * 4 + ["stage1_policy_margin"] * 4, "quartile": [*range(1, 5)] * 2}
+    means = {"change": 0.1, "change_low": 0.0, "change_high": 0.2, "regression": -0.1}
+    rows = {"key": ["base"] * 4 + ["stage1_margin"] * 4, "quartile": [*range(1, 5)] * 2}
+    rows |= {"measure": ["policy_margin"] * 4 + ["margin"] * 4}
     return pd.DataFrame({"objective": "a"} | rows | means)
 
 
@@ -95,6 +103,8 @@ def figures() -> dict[str, alt.TopLevelMixin]:
         "stage_heat_map": charts.stage_heat_map(matrix(), **both),
         "margins_by_stage": charts.margins_by_stage(matrix(), **both, **asked),
         "pair_scatter": charts.pair_scatter(changes(), **two),
+        "two_margins": charts.two_margins(changes(), at="2 b", caption="n = 2."),
+        "kept_of_learned": charts.kept_of_learned(changes(), lines(), objectives=["a", "b"], **two),
         "quartile_changes": charts.quartile_changes(quartiles(), caption="n = 4."),
         "movement_map": charts.movement_map(moves(), caption="n = 2."),
         "retention_overview": charts.retention_overview(after_each_stage(2), caption="n = 9."),
@@ -115,7 +125,18 @@ def test_the_marks_carry_the_numbers():
     """A figure that draws nothing would pass for a picture: count its marks and read its labels."""
     svg = svg_of(figures()["stage_heat_map"])
     assert svg.count("+1.00") >= 2 and "0.50" in svg and len(re.findall(r"#[0-9a-f]{6}|rgb\(", svg)) > 4
-    assert svg_of(figures()["pair_scatter"]).count('aria-roledescription="circle"') == 2
+    for name in ("pair_scatter", "two_margins", "kept_of_learned"):
+        assert svg_of(figures()[name]).count('aria-roledescription="circle"') == 2
+    kept = svg_of(figures()["kept_of_learned"])
+    assert charts.OBJECTIVE_COLOURS[1] in kept and charts.OBJECTIVE_COLOURS[0] not in kept
+    assert kept.count('aria-roledescription="area mark"') == 1
+    assert kept.count('aria-roledescription="line mark"') == 2  # the fit, and the diagonal
+
+
+def test_quartiles_of_two_measures_have_axes_of_their_own_and_the_bound_of_regression():
+    svg = svg_of(figures()["quartile_changes"])
+    assert "change of DPO margin" in svg and "change of policy margin per token" in svg
+    assert svg.count('aria-roledescription="tick"') == 8
 
 
 @pytest.mark.parametrize(
@@ -162,6 +183,56 @@ def test_conflict_shows_what_was_measured_and_no_band():
 
 def test_the_movement_map_has_a_cell_a_matrix_and_no_other():
     assert svg_of(figures()["movement_map"]).count('aria-roledescription="rect mark"') == 2
+    both = svg_of(charts.movement_map(ghosted(moves(), moves()), caption="n = 2."))
+    assert both.count('aria-roledescription="rect mark"') == 4 and "this chain" in both and SHUFFLED in both
+
+
+def ghosted(own: pd.DataFrame, *controls: pd.DataFrame) -> pd.DataFrame:
+    """A chain's rows, and below them those of controls."""
+    parts = [
+        part.assign(control=kind) for part, kind in zip((own, *controls), ("", SHUFFLED, AGAIN), strict=False)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def parts_of_a_ledger() -> pd.DataFrame:
+    bounds = {
+        f"{part}{end}": 0.5 for part in ("left", "curvature", "measured") for end in ("", "_low", "_high")
+    }
+    return pd.DataFrame({"split": ["train", "probe"]} | bounds)
+
+
+def test_controls_stand_beside_the_chain_in_grey():
+    """A point and a rule each, in a grey that nothing else of the figure has, and named in the legend."""
+    end = matrix().tail(2)
+    asked = {"measure": "margin", "axis": "margin", "question": "?"}
+    both = {"objectives": ["a", "b"], "labels": LABELS, "caption": "n = 9."}
+    overview = pd.concat([after_each_stage(2), after_each_stage(2).assign(after=[SHUFFLED, AGAIN])])
+    drawn = {
+        6 + 4: charts.margins_by_stage(ghosted(matrix(), end, end), **both, **asked),
+        4 + 4: charts.displaced_likelihood(ghosted(displaced(), *[displaced().tail(1)] * 2), **both),
+        6 * 3: charts.ledger_parts(ghosted(*[parts_of_a_ledger()] * 3), caption="n = 4."),
+        2 + 2: charts.retention_overview(overview, caption="n = 9."),
+    }
+    for points, chart in drawn.items():
+        svg = svg_of(chart)
+        assert svg.count('aria-roledescription="point"') == points
+        assert svg.count('aria-roledescription="rule mark"') == points
+        assert SHUFFLED in svg and AGAIN in svg
+        greys = [svg.count(f'stroke="{grey}" stroke-width="2"') for grey in charts.GHOSTS.values()]
+        assert greys[0] == greys[1] > 0
+    assert "training pairs" in svg_of(drawn[18]) and "direction" in svg_of(drawn[18])
+
+
+def test_controls_have_a_line_among_the_cosines_and_a_bar_in_the_waterfall():
+    drawn = svg_of(charts.conflict_over_steps(ghosted(*[conflict_rows()] * 3), caption="n = 2."))
+    assert drawn.count('aria-roledescription="line mark"') == 3 and AGAIN in drawn
+    assert (
+        drawn.count('aria-roledescription="point"') == 5
+    )  # what is within an objective is the chain's alone
+    extra = pd.DataFrame([(SHUFFLED, 0.0, 0.2, "control")], columns=list(bars()))
+    fall = svg_of(charts.ledger_waterfall(pd.concat([bars(), extra]), by="layer", caption="n = 4."))
+    assert fall.count('aria-roledescription="bar"') == 5 and charts.GREY in fall and SHUFFLED in fall
 
 
 def test_a_chart_without_a_text_is_refused():
@@ -226,7 +297,7 @@ def test_ten_thousand_pairs_are_drawn_from_aggregates_that_lose_none():
     rng = np.random.default_rng(0)
     before, after = rng.normal(size=(2, 10_000))
     reordered = rng.choice(["gained", "same", "lost"], 10_000)
-    many = pd.DataFrame({"before": before, "after": after, "reordered": reordered})
+    many = pd.DataFrame({"before": before, "change": after, "reordered": reordered})
     sides, tokens = rng.choice(["chosen", "rejected"], 20_000), rng.integers(1, 900, 20_000)
     lengths = pd.DataFrame({"objective": "a", "side": sides, "tokens": tokens})
     scatter = charts.pair_scatter(many, before="1 a", after="2 b", caption="n = 10000.")
@@ -238,9 +309,9 @@ def test_ten_thousand_pairs_are_drawn_from_aggregates_that_lose_none():
 
 
 def test_pairs_that_stand_alone_stay_where_they_are():
-    ends = {"before": [-1.0, 0.3, 2.0], "after": [0.5, -0.7, 1.1]}
+    ends = {"before": [-1.0, 0.3, 2.0], "change": [0.5, -0.7, 1.1]}
     table = pd.DataFrame(ends | {"reordered": ["gained", "lost", "same"]})
     spec = charts.pair_scatter(table, before="a", after="b", caption="n = 3.").to_dict()
     (dots,) = [rows for rows in spec["datasets"].values() if "pairs" in rows[0]]
-    found = sorted((dot["before"], dot["after"], dot["pairs"]) for dot in dots)
+    found = sorted((dot["before"], dot["change"], dot["pairs"]) for dot in dots)
     assert found == [(-1.0, 0.5, 1), (0.3, -0.7, 1), (2.0, 1.1, 1)]

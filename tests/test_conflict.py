@@ -272,10 +272,12 @@ def test_an_interval_of_cosines_stays_within_what_a_cosine_can_be():
 
 
 def test_each_stage_and_earlier_objective_has_a_verdict_of_its_own():
-    parts = {(2, "a"): planted(0.3, 0.5), (3, "a"): planted(-0.3, 0.5), (3, "b"): planted(0.0, 0.5)}
-    tables = [table.assign(stage=key[0], previous_objective=key[1]) for key, table in parts.items()]
+    parts = {(2, "a", "train"): planted(0.3, 0.5), (3, "a", "train"): planted(-0.3, 0.5)}
+    parts |= {(3, "a", "probe"): planted(0.0, 0.5)}
+    names = ["stage", "previous_objective", "split"]
+    tables = [table.assign(**dict(zip(names, key, strict=True))) for key, table in parts.items()]
     found = conflict.verdicts(pd.concat(tables, ignore_index=True))
-    words = {(2, "a"): "aligned", (3, "a"): "opposed", (3, "b"): "near-orthogonal"}
+    words = dict(zip(parts, ("aligned", "opposed", "near-orthogonal"), strict=True))
     assert {key: verdict["verdict"] for key, verdict in found.items()} == words
     assert conflict.verdicts(pd.DataFrame(columns=list(conflict.CONFLICT_COLUMNS))) == {}
 

@@ -1,17 +1,19 @@
 """Tables across chains that are planted on disk, so that every number is known by hand."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from seqdpo_utils import contrasts, metrics, verdicts
+from seqdpo_utils import chains, contrasts, metrics, redistribution, verdicts
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.conflict import CONFLICT_COLUMNS
 from seqdpo_utils.errors import StudyError
-from seqdpo_utils.ledger import LEDGER_COLUMNS
-from seqdpo_utils.paths import RunPaths, read_table, write_table
+from seqdpo_utils.ledger import LEDGER_PAIR_COLUMNS
+from seqdpo_utils.paths import RunPaths, read_table, write_json, write_table
 
 PAIRS = 12
 PLACE = np.arange(PAIRS)
@@ -42,8 +44,9 @@ def write_chains(root: Path, planted: dict[str, dict], *, seed: int = 0) -> list
         run, chain = RunPaths(root, "smoke", "s", text, seed), Chain.parse(text)
         write_table(run.base_scores, records("base", dict.fromkeys(margins, 0.0)))
         write_table(run.scores, records(text, margins))
+        write_json(run.manifest, {"parameters": {"train_share": 1.0}})
         write_table(run.conflict, conflict(len(chain.stages), chain.earlier))
-        write_table(run.ledger, ledger(len(chain.stages), chain.earlier))
+        write_table(run.ledger_pairs, ledger_pairs(len(chain.stages), chain.earlier))
         write_table(run.movement, movement(chain.checkpoints))
     return [derive(RunPaths(root, "smoke", "s", text, seed)) for text in planted]
 
@@ -58,33 +61,42 @@ def derive(run: RunPaths) -> RunPaths:
     found = metrics.transfer(measures, chain, objectives, resamples=100, rng=rng)
     write_table(run.table("transfer"), found)
     ends = {"before": chain.checkpoints[1 if chain.parent else 0], "after": run.chain}
-    parts = [metrics.pair_change(measures, name, **ends) for name in chain.stages[0].objectives]
+    parts = [redistribution.pair_change(measures, name, **ends) for name in chain.stages[0].objectives]
     write_table(run.table("pair_change"), pd.concat(parts, ignore_index=True))
     return run
 
 
 def conflict(stage: int, earlier: tuple[str, ...]) -> pd.DataFrame:
-    """Two measurements a stage; against `a` the mean cosine is 0.2, against any other objective -0.9."""
+    """Two measurements a stage; against `a` the mean cosine is 0.2, against any other objective -0.9.
+
+    That is on held-out pairs; on training pairs each has the other sign.
+    """
     rows = []
-    for objective in earlier:
-        place = {"stage": stage, "previous_objective": objective}
+    for objective, split in itertools.product(earlier, ("train", "probe")):
+        place = {"stage": stage, "previous_objective": objective, "split": split}
         for step, shift in enumerate((-0.1, 0.1)):
             across = (0.2 if objective == "a" else -0.9) + shift / 2
             within = {"within_cosine": 0.5 - shift, "within_new_cosine": 0.7 + 2 * shift}
+            across = across if split == "probe" else -across
             rows.append(place | {"step": step, "matched_cosine": across} | within)
     return pd.DataFrame(rows, columns=list(CONFLICT_COLUMNS))
 
 
-def ledger(stage: int, earlier: tuple[str, ...]) -> pd.DataFrame:
-    """One stretch a stage in two entries: for `a` 0.3 nats explained of 0.4, for others much else."""
+def ledger_pairs(stage: int, earlier: tuple[str, ...], *, left: float = 0.1) -> pd.DataFrame:
+    """One stretch and two pairs a stage; for `a` on average left 0.1, term 0.3, measured 0.4 held out.
+
+    The pairs differ by 0.1 in each, so not in curvature; on training pairs all has the other sign, and of
+    other objectives much else is told.
+    """
     rows = []
-    for objective in earlier:
-        term, after = (0.2, 0.9) if objective == "a" else (-5.0, -7.0)
-        stretch = {"stage": stage, "previous_objective": objective, "from_step": 0, "step": 2, "left": 0.1}
-        losses = {"loss_before": 0.5, "loss_after": after}
-        rows += [stretch | losses | {"layer": 0, "module": "q_proj", "term": term}]
-        rows += [stretch | losses | {"layer": 1, "module": "q_proj", "term": term / 2}]
-    return pd.DataFrame(rows, columns=list(LEDGER_COLUMNS))
+    for objective, (split, sign) in itertools.product(earlier, (("train", -1), ("probe", 1))):
+        place = {"stage": stage, "previous_objective": objective, "split": split, "from_step": 0, "step": 2}
+        means = (left, left + 0.2, left + 0.3) if objective == "a" else (-3.0, -5.0, -7.5)
+        for name, apart in (("x", -0.05), ("y", 0.05)):
+            foretold, term, measured = (sign * (mean + apart) for mean in means)
+            losses = {"loss_before": 0.5, "loss_after": 0.5 + measured}
+            rows.append(place | losses | {"pair_id": name, "prompt_id": name, "term": term, "left": foretold})
+    return pd.DataFrame(rows, columns=list(LEDGER_PAIR_COLUMNS))
 
 
 def movement(checkpoints: list[str]) -> pd.DataFrame:
@@ -331,25 +343,62 @@ def test_the_order_is_told_in_units_of_beta_and_resamples_prompts(tmp_path):
     assert row[["n_prompts", "seeds"]].tolist() == [3, 1]
 
 
-def test_quartiles_by_three_keys(tmp_path):
-    """Pair i changes by -i / 10 nats a token; the base and seed 1 sort by i, stage 1 of seed 0 backwards."""
-    backwards, onwards = 1.0 - 3 * BASE_LOGPS, 1.0 + 0 * BASE_LOGPS
+@pytest.fixture
+def two_seeds(tmp_path, monkeypatch) -> list[RunPaths]:
+    """Pair i changes by -i / 10 nats a token, -i / 5 in margin; in seed 0 stage 1 learned falling margins."""
+    monkeypatch.setattr(redistribution, "MIN_QUARTILE", 3)
     found = []
-    for seed, first in ((0, backwards), (1, onwards)):
+    for seed, slope in ((0, -3), (1, 2)):
+        first = 1.0 + slope * BASE_LOGPS
         planted = {"a": {"a": first, "b": 0.0}, "a-then-b": {"a": first - PLACE / 5, "b": 0.0}}
         found += write_chains(tmp_path, planted, seed=seed)
-    table = contrasts.quartile_contrast(found, resamples=100)
-    assert len(table) == 6 and set(table["pairs"]) == {PAIRS} and set(table["chain"]) == {"a-then-b"}
-    rows = table.set_index(["seed", "key"])[["lowest", "highest", "difference"]]
-    rising, falling = pytest.approx([-0.1, -1.0, -0.9]), pytest.approx([-1.0, -0.1, 0.9])
-    assert (
-        rows.loc[(0, "base")].tolist() == rising and rows.loc[(0, "stage1_policy_margin")].tolist() == falling
-    )
-    assert rows.loc[(0, "cross_seed")].tolist() == rising
-    assert rows.loc[(1, "stage1_policy_margin")].tolist() == rising
-    assert rows.loc[(1, "cross_seed")].tolist() == falling
-    alone = contrasts.quartile_contrast(found[:2], resamples=100)
-    assert set(alone["key"]) == {"stage1_policy_margin", "base"}
+    return found
+
+
+def test_quartiles_by_four_keys_over_seeds(two_seeds):
+    """The three highest pairs changed by -10 / 5 on average, the three lowest by -1 / 5; halved per token."""
+    table = contrasts.quartile_contrast(two_seeds, resamples=100).set_index("key")
+    assert set(table["chain"]) == {"a-then-b"} and "seed" not in table
+    assert table[["pairs", "seeds", "shared"]].drop_duplicates().to_numpy().tolist() == [[PAIRS, 2, 1.0]]
+    means = {key: row[["lowest", "highest", "difference"]].tolist() for key, row in table.iterrows()}
+    assert means["base"] == pytest.approx([-0.1, -1.0, -0.9])
+    # by their own key one run goes down and the other up, and so they do crossed
+    assert means["stage1_margin"] == pytest.approx([-1.1, -1.1, 0.0])
+    assert means["cross_seed"] == pytest.approx([-1.1, -1.1, 0.0])
+    assert means["stage1_policy_margin"] == pytest.approx([-0.55, -0.55, 0.0])
+    first = [run for run in two_seeds if run.seed == 0]
+    alone = contrasts.quartile_contrast(first, resamples=100).set_index("key")
+    assert set(alone.index) == {"stage1_margin", "stage1_policy_margin", "base"}
+    assert alone.loc["stage1_margin", "difference"] == pytest.approx(1.8)
+    assert alone.loc["base", ["shared", "regression"]].tolist() == [0.0, 0.0]
+    p = verdicts.p_value(*bounds(alone.loc["base"], "difference"), df=2)
+    assert alone.loc["base", "difference_p"] == pytest.approx(float(p))
+
+
+def test_another_seed_sorts_and_instruments(two_seeds, tmp_path, monkeypatch):
+    """Seed 2 learns a fifth more than seed 1: crossed, each takes its own change, and the other's key."""
+    first = 1.0 + 2 * BASE_LOGPS
+    planted = {"a": {"a": 1.2 * first, "b": 0.0}, "a-then-b": {"a": 0.5 * first - 0.25, "b": 0.0}}
+    both = two_seeds[2:] + write_chains(tmp_path, planted, seed=2)
+    table = contrasts.quartile_contrast(both, resamples=100).set_index("key")
+    assert contrasts.shared_training(both[::2]) == 1.0 and contrasts.shared_training(both[:1]) == 0.0
+    rise = 2 * (BASE_LOGPS[-3:].mean() - BASE_LOGPS[:3].mean())
+    assert table.loc["cross_seed", "difference"] == pytest.approx((-1.8 - 0.7 * rise) / 2)
+    few = contrasts.kept_of_learned(both, resamples=100)
+    assert set(few["pattern"]) == {"cannot be decided"} and few["slope"].isna().all()  # three prompts
+    monkeypatch.setattr(redistribution, "widening", lambda _: 1.0)
+    line = contrasts.kept_of_learned(both, resamples=100).set_index("instrument")
+    across = 1 - 0.2 / (2 * (BASE_LOGPS[1] - BASE_LOGPS[0]))  # slope of seed 1, that of seed 2 is 0.5 / 1.2
+    assert line.loc["none", "slope"] == pytest.approx((across + 0.5 * 1.2) / (1 + 1.2**2))
+    assert line.loc["cross_seed", "slope"] == pytest.approx((1.2 * across + 0.5) / (1.2 + 1.2))
+    assert line.loc["cross_seed", "pattern"] == "cannot be decided"  # the seeds share their training pairs
+    assert line.loc["none", "pattern"] != "cannot be decided"
+
+
+def test_too_few_pairs_have_no_quartiles(runs):
+    table = contrasts.quartile_contrast(runs, resamples=100)
+    assert table.empty and {"difference", "difference_p", "reading", "regression"} <= set(table)
+    assert len(contrasts.kept_of_learned(runs, resamples=100)) > len(SEQUENCES)
 
 
 def test_mechanics_of_the_first_objective_over_all_later_stages(runs):
@@ -358,8 +407,14 @@ def test_mechanics_of_the_first_objective_over_all_later_stages(runs):
     assert (two["cross"], two["within"], two["steps"]) == pytest.approx((0.2, 0.6, 2))
     assert (three["cross"], three["within"], three["steps"]) == pytest.approx((0.2, 0.6, 4))
     assert three["cross_low"] < 0.2 < three["cross_high"] < 0.6 and pd.isna(two["cross_low"])
-    assert two[["explained", "measured", "rest"]].tolist() == pytest.approx([0.3, 0.4, 0.1])
-    assert three[["explained", "measured", "rest"]].tolist() == pytest.approx([0.6, 0.8, 0.2])
+    assert two[["left", "curvature", "measured", "rest"]].tolist() == pytest.approx([0.1, 0.2, 0.4, 0.1])
+    assert three[["left", "curvature", "measured", "rest"]].tolist() == pytest.approx([0.2, 0.4, 0.8, 0.2])
+    reach = stats.t.ppf(0.975, 1) * 0.05  # two pairs that differ by 0.1
+    for row, wider in ((two, 1), (three, 2**0.5)):  # of two stages the variances add up
+        assert bounds(row, "left")[2] - row["left"] == pytest.approx(wider * reach)
+        assert row["measured"] - bounds(row, "measured")[1] == pytest.approx(wider * reach)
+        assert bounds(row, "curvature") == pytest.approx([row["curvature"]] * 3)
+    assert set(table["split"]) == {"probe"} and table["left_beyond"].isna().all()
     assert two[["movement_raw", "movement_weight"]].tolist() == pytest.approx([0.1, 0.2])
     assert three[["movement_raw", "movement_weight"]].tolist() == pytest.approx([0.3, 0.4])
     joint = table.loc["a+b-then-c"].droplevel("seed")
@@ -370,14 +425,108 @@ def test_mechanics_of_the_first_objective_over_all_later_stages(runs):
 
 def test_what_was_not_measured_is_null(tmp_path):
     run = write_chains(tmp_path, {name: PLANTED[name] for name in ("a", "a-then-b")})[1]
-    for file, columns in ((run.conflict, CONFLICT_COLUMNS), (run.ledger, LEDGER_COLUMNS)):
+    for file, columns in ((run.conflict, CONFLICT_COLUMNS), (run.ledger_pairs, LEDGER_PAIR_COLUMNS)):
         write_table(file, pd.DataFrame(columns=list(columns)))
     row = contrasts.mechanics([run]).iloc[0]
     assert row["gradients"] == "not measured" and row["steps"] == 0
     assert (
-        row[["cross", "within", "explained", "measured", "rest"]].isna().all()
+        row[["cross", "within", "left", "curvature", "measured", "rest", "measured_low"]].isna().all()
         and row["movement_weight"] == 0.2
     )
+
+
+def test_without_held_out_pairs_the_training_pairs_are_told(tmp_path):
+    run = write_chains(tmp_path, {name: PLANTED[name] for name in ("a", "a-then-b")})[1]
+    for file in (run.conflict, run.ledger_pairs):
+        write_table(file, read_table(file).query("split == 'train'"))
+    row = contrasts.mechanics([run]).iloc[0]
+    assert row["split"] == "train" and row[["cross", "left", "rest"]].tolist() == pytest.approx(
+        [-0.2, -0.1, -0.1]
+    )
+
+
+CONTROLLED = ("a", "a-then-b", "a-then-b.shuffled", "a-then-a")
+
+
+@pytest.fixture
+def controlled(tmp_path) -> list[RunPaths]:
+    """A chain, its later stage with shuffled labels (0.3 less in direction), and the same again."""
+    planted = {name: {"a": 1.0 + k, "b": 0.0} for k, name in enumerate(CONTROLLED)}
+    found = write_chains(tmp_path, planted)
+    write_table(found[2].ledger_pairs, ledger_pairs(2, ("a",), left=-0.2))
+    return found
+
+
+def test_the_ledger_beyond_shuffled_labels_is_paired_by_pair(controlled):
+    """The two pairs differ alike in both stages: nothing is left of that in the difference."""
+    table = contrasts.mechanics(controlled).set_index("chain")
+    row = table.loc["a-then-b"]
+    assert bounds(row, "left_beyond") == pytest.approx([0.3] * 3)
+    assert bounds(row, "measured_beyond") == pytest.approx([0.3] * 3)
+    assert bounds(row, "curvature_beyond") == pytest.approx([0.0] * 3)
+    assert table.drop(index="a-then-b")["left_beyond"].isna().all()
+    alone = contrasts.mechanics([run for run in controlled if run.chain != "a-then-b.shuffled"])
+    assert alone["left_beyond"].isna().all()
+
+
+def test_moves_stand_beside_those_of_the_controls():
+    names = ["a-then-b", "a-then-b.shuffled", "a-then-a", "a-then-b.disjoint", "b-then-a"]
+    cosines = {0: [-0.4, -0.6, 0.6, 0.1, 0.3], 1: [-0.2, -0.5, 0.5, 0.0, 0.3]}
+    rows = [
+        ("s", name, seed, value) for seed in cosines for name, value in zip(names, cosines[seed], strict=True)
+    ]
+    rows += [("t", "a-then-b", 0, 0.9)]
+    table = pd.DataFrame(rows, columns=["setting", "chain", "seed", "movement_weight"])
+    found = contrasts.moves(table).set_index(["setting", "chain"])
+    assert set(found.index) == {("s", "a-then-b"), ("s", "a-then-a"), ("s", "b-then-a"), ("t", "a-then-b")}
+    row = found.loc[("s", "a-then-b")]
+    means = ["seeds", "cosine", "shuffled", "again", "disjoint", "beyond"]
+    assert row[means].tolist() == pytest.approx([2, -0.3, -0.55, 0.55, 0.05, 0.25])
+    assert row["spread"] == pytest.approx(np.std([-0.4, -0.2], ddof=1))
+    expected = stats.t.interval(0.95, 1, loc=0.25, scale=stats.sem([0.2, 0.3]))
+    assert row[["beyond_low", "beyond_high"]].tolist() == pytest.approx(expected)
+    single = found.loc[("t", "a-then-b")]
+    assert single["cosine"] == 0.9 and single[["spread", "shuffled", "beyond", "beyond_low"]].isna().all()
+    one = contrasts.moves(table[table["seed"] == 0]).set_index(["setting", "chain"]).loc[("s", "a-then-b")]
+    assert one["beyond"] == pytest.approx(0.2) and pd.isna(one["beyond_low"])
+    asked = contrasts.questioned(found.reset_index())
+    assert asked["chain"].tolist() == ["a-then-b", "b-then-a", "a-then-b"]
+    assert contrasts.moves(table.head(0)).empty
+
+
+def test_controls_stand_behind_their_chain(controlled):
+    run, kinds = controlled[1], {chains.SHUFFLED: "a-then-b.shuffled"}
+    own = pd.DataFrame({"checkpoint": ["a", "a-then-b"], "margin": [1.0, 2.0]})
+    found = contrasts.beside(
+        own, run, kinds, lambda node: pd.DataFrame({"checkpoint": [node.chain], "margin": 3.0})
+    )
+    assert found["checkpoint"].tolist() == ["a", "a-then-b", "a-then-b"] and found["margin"].tolist() == [
+        1,
+        2,
+        3,
+    ]
+    assert found["control"].tolist() == ["", "", chains.SHUFFLED]
+    overview = contrasts.beside_controls(contrasts.first_objectives(controlled))
+    assert set(overview["chain"]) == {"a-then-b"} and overview["label"].nunique() == 1
+    expected = {"stage 1": 1.0, "stage 2": 2.0, chains.SHUFFLED: 3.0, chains.AGAIN: 4.0}
+    assert overview.set_index("after")["margin"].to_dict() == pytest.approx(expected)
+    alone = contrasts.first_objectives(controlled[:2])
+    pd.testing.assert_frame_equal(contrasts.beside_controls(alone), alone)
+    nothing = contrasts.first_objectives(controlled[:1])
+    assert contrasts.beside_controls(nothing).empty
+
+
+def test_what_is_unknown_without_controls_is_said(controlled):
+    first, chain, shuffled = controlled[:3]
+    both = {chains.SHUFFLED: "a-then-b.shuffled", chains.AGAIN: "a-then-a"}
+    told = contrasts.controls_in_words(chain, both)
+    assert "(`a-then-b.shuffled`)" in told and "(`a-then-a`)" in told and "not known" not in told
+    for kinds in ({}, {chains.AGAIN: "a-then-a"}):
+        missing = contrasts.controls_in_words(chain, kinds)
+        assert "not known here" in missing and 'DESIGN="both_orders controls" SETTINGS="s"' in missing
+        assert missing.startswith("In grey") == bool(kinds)
+    assert "one stage" in contrasts.controls_in_words(first, {})
+    assert "variant" in contrasts.controls_in_words(shuffled, {})
 
 
 def test_a_study_of_single_stages_has_ends_and_otherwise_empty_tables(runs):
@@ -390,7 +539,9 @@ def test_a_study_of_single_stages_has_ends_and_otherwise_empty_tables(runs):
         contrasts.quartile_contrast(singles, resamples=100),
         contrasts.mechanics(singles),
     ]
-    assert all(table.empty and set(contrasts.KEY) < set(table.columns) for table in tables)
+    key = set(contrasts.KEY) - {"seed"}
+    assert all(table.empty and key < set(table.columns) for table in tables)
+    assert contrasts.kept_of_learned(singles, resamples=100).empty
     over_seeds = contrasts.fates_over_seeds(singles, beta=1.0, resamples=100)
     assert over_seeds.empty and contrasts.order_over_seeds(singles, beta=1.0, resamples=100).empty
     assert verdicts.null_rates(tables[1], rng=np.random.default_rng(0)).empty
@@ -409,5 +560,3 @@ def test_decisions():
     measured, rest = [0.5, -0.5, 1.0, None, 0.2], [0.05, -0.05, 0.2, 0.0, -0.01]
     counts = contrasts.ledger_counts(pd.DataFrame({"measured": measured, "rest": rest}))
     assert counts == {"kept": 4, "rose": 3, "closed": 3}
-    angles = contrasts.angles(pd.Series([0.5, 0.0, -0.5], dtype="Float64"))
-    assert angles.tolist() == pytest.approx([60, 90, 120])

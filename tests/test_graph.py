@@ -4,6 +4,7 @@ is kept."""
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,23 @@ def test_every_common_beginning_is_trained_once(project):
     assert counts["start"] == counts["data_preparation"] == counts["across_settings"] == 1
     assert counts["evaluation"] == counts["pair_diagnostics"] == counts["mechanistic_diagnostics"] == 9
     assert counts["record"] == 9
+
+
+def test_a_design_brings_its_notebook_and_chains_know_their_controls(project):
+    chains = ["helpful-then-safe", "helpful-then-safe.shuffled", "helpful-then-helpful"]
+    said = snakemake(
+        project, "-n", "--forceall", "--printshellcmds", chains={PKU: chains}, notebooks=["09_controls"]
+    )
+    assert said.returncode == 0, said.stderr[-3000:]
+    lines = (said.stdout + said.stderr).splitlines()
+    words = [shlex.split(line) for line in lines if "seqdpo_utils notebook" in line]
+    given = {line[5]: json.loads(line[line.index("--parameters") + 1]) for line in words}
+    assert given["runs/smoke/summary/notebooks/09_controls.ipynb"]["chains"] == {PKU: chains}
+    for name in ("04_evaluation", "06_mechanistic_diagnostics"):
+        page = f"runs/smoke/{PKU}/{{}}/seed-0/notebooks/{name}.ipynb"
+        assert given[page.format(chains[0])]["controls"] == sorted(chains[1:], reverse=True)
+        assert given[page.format(chains[2])]["controls"] == []
+    assert "experiment" not in jobs(project, {PKU: chains})
 
 
 def test_six_orders_of_three_objectives_are_fifteen_trainings(project):

@@ -23,20 +23,22 @@ def walk(steps: int, *, power: int) -> pd.DataFrame:
     weights = [[a + t * b + t**2 * c for a, b, c in pieces] for t in np.linspace(0, 1, steps + 1)]
     losses = [float(sum((w**power).sum() for w in now)) for now in weights]
     gradients = [[power * w ** (power - 1) for w in now] for now in weights]
-    points = [ledger.ProbePoint(k, losses[k], gradients[k]) for k in range(steps + 1)]
+    points = [ledger.ProbePoint(k, [losses[k]], [gradients[k]]) for k in range(steps + 1)]
     rows = []
     for k in range(steps):
         moved = [b - a for a, b in zip(weights[k], weights[k + 1], strict=True)]
-        entries = ledger.segment_rows(NAMES, points[k], points[k + 1], moved)
-        rows += [{"stage": 2, "previous_objective": "a"} | row for row in entries]
+        entries, _ = ledger.segment_rows(NAMES, points[k], points[k + 1], moved)
+        rows += [{"stage": 2, "previous_objective": "a", "split": "train"} | row for row in entries]
     return pd.DataFrame(rows, columns=COLUMNS).astype({"layer": "Int64"})
 
 
 def test_one_segment_by_hand():
     """L = theta^2 from 1 to 3: the trapezoid gives 8 exactly, the left end 4. A and B share an entry."""
     one = torch.tensor([1.0])
-    start, end = ledger.ProbePoint(4, 1.0, [2 * one, 2 * one]), ledger.ProbePoint(6, 9.0, [6 * one, 6 * one])
-    (row,) = ledger.segment_rows(NAMES[:2], start, end, [2 * one, 0 * one])
+    start = ledger.ProbePoint(4, [1.0], [[2 * one, 2 * one]])
+    end = ledger.ProbePoint(6, [9.0], [[6 * one, 6 * one]])
+    (row,), (pair,) = ledger.segment_rows(NAMES[:2], start, end, [2 * one, 0 * one])
+    assert pair == {"from_step": 4, "step": 6, "term": 8.0, "left": 4.0, "loss_before": 1.0, "loss_after": 9.0}
     assert (row["from_step"], row["step"], row["layer"], row["module"]) == (4, 6, 0, "q_proj")
     assert (row["term"], row["left"], row["loss_before"], row["loss_after"]) == (8.0, 4.0, 1.0, 9.0)
 
@@ -84,7 +86,7 @@ def changes(*values: float, stage: int = 2, previous: str = "a") -> pd.DataFrame
     steps = 2 * np.arange(len(values))
     table = pd.DataFrame({"from_step": steps, "step": steps + 2, "term": terms, "left": lefts})
     table = table.assign(loss_before=losses[:-1], loss_after=losses[1:], layer=0, module="m")
-    return table.assign(stage=stage, previous_objective=previous)[COLUMNS]
+    return table.assign(stage=stage, previous_objective=previous, split="train")[COLUMNS]
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import adapter_of, data_for, fresh, random_pairs, trained_log
+from conftest import adapter_of, data_for, fresh, random_pairs, rows_for, trained_log
 from peft import PeftModel
+from scipy import stats
 from trl import DPOTrainer
 
 from seqdpo_utils import ledger, stages
 from seqdpo_utils.errors import StudyError
-from seqdpo_utils.measuring import drawn, project, turned
+from seqdpo_utils.measuring import drawn, pick, project, turned
 
-EVERY = {"conflict_every": 1, "conflict_pairs": 4, "ledger_every": 1, "probe_pairs": 4}
-NEVER = {"conflict_every": 0, "probe_pairs": 0}
+EVERY = {"conflict_every": 1, "conflict_pairs": 4, "ledger_every": 1, "ledger_pairs": 4}
+NEVER = {"conflict_every": 0, "ledger_pairs": 0}
+SEED = stages.stage_seed("a-then-b", 0)  # of the draws of the stage under test
 
 
 @pytest.fixture
@@ -144,8 +146,8 @@ def test_conflict_equals_brute_force_in_double_precision(later, parameters, stag
         rows = [
             next(r for prompt, r in by_prompt.items() if tuple(each[: len(prompt)]) == prompt) for each in ids
         ]
-        chosen = drawn(16, 4, key=(parameters.seed, 0, 2, k + 1))
-        earlier = [old["old0"][i] for i in chosen]
+        chosen = drawn(16, 4, key=(SEED, 0, 2, k + 1))
+        earlier = [old["old0", "train"][i] for i in chosen]
         (loss_new, new), (loss_old, whole) = (exact.gradient(weights[k], part) for part in (rows, earlier))
         halves = [
             exact.gradient(weights[k], part)[1] for part in (rows[:2], rows[2:], earlier[:2], earlier[2:])
@@ -171,10 +173,10 @@ def test_conflict_equals_brute_force_in_double_precision(later, parameters, stag
 
 def test_ledger_equals_brute_force_in_double_precision(later, parameters, stage1):
     """Every entry of every segment, from gradients of the fixed probe pairs at the recorded weights."""
-    trainer, data = later(ledger_every=3, probe_pairs=6, pairs_per_device=2)
+    trainer, data = later(ledger_every=3, ledger_pairs=6, pairs_per_device=2)
     _, weights = train_and_watch(trainer)
     exact = Doubled(stage1, parameters.beta)
-    probe = [data.earlier["old0"][i] for i in drawn(16, 6, key=(parameters.seed, 0))]
+    probe = [data.earlier["old0", "train"][i] for i in drawn(16, 6, key=(SEED, 0))]
     table = trainer.ledger_table()
     assert table[["from_step", "step"]].drop_duplicates().to_numpy().tolist() == [[0, 3], [3, 4]]
     for (start, end), segment in table.groupby(["from_step", "step"]):
@@ -195,10 +197,40 @@ def test_ledger_equals_brute_force_in_double_precision(later, parameters, stage1
         assert np.abs(found).max() > 1e-3
 
 
+def test_the_ledger_pair_by_pair_equals_brute_force_and_adds_up(later, parameters, stage1):
+    """On the pairs of two splits: each pair's own gradients at the two ends, and their mean is the ledger."""
+    trainer, _ = later(ledger_every=2, ledger_pairs=3)
+    trainer._probes["old0", "probe"] = pick(rows_for(fresh(), random_pairs(8, seed=5)), 3, key=(SEED, 1))
+    _, weights = train_and_watch(trainer)
+    exact, table = Doubled(stage1, parameters.beta), trainer.ledger_pairs_table()
+    assert table.groupby(["split", "from_step"])["pair_id"].nunique().tolist() == [3, 3, 3, 3]
+    for row in table.itertuples():
+        pair = next(each for each in trainer._probes["old0", row.split] if each["pair_id"] == row.pair_id)
+        (loss_a, a), (loss_b, b) = (exact.gradient(weights[k], [pair]) for k in (row.from_step, row.step))
+        moved = [
+            y.double() - x.double() for x, y in zip(weights[row.from_step], weights[row.step], strict=True)
+        ]
+        left, right = (sum(float((g * m).sum()) for g, m in zip(end, moved, strict=True)) for end in (a, b))
+        assert (row.left, row.term) == pytest.approx((left, (left + right) / 2), rel=1e-3, abs=1e-6)
+        assert (row.loss_before, row.loss_after) == pytest.approx((loss_a, loss_b), abs=1e-5)
+    whole, mean = (
+        ledger.segments(trainer.ledger_table()),
+        table.groupby(["split", "from_step"])[["term", "left"]].mean(),
+    )
+    found = whole.set_index(["split", "from_step"])[["term", "left"]].sort_index()
+    assert np.allclose(found, mean, rtol=1e-6)
+    changed = ledger.with_intervals(ledger.by_pair(table)).set_index("split")
+    sums = table.assign(d=table["loss_after"] - table["loss_before"]).groupby(["split", "pair_id"])["d"].sum()
+    for split, each in sums.groupby("split"):
+        low, high = stats.t.interval(0.95, 2, each.mean(), stats.sem(each))
+        bounds = changed.loc[split, ["measured", "measured_low", "measured_high"]].tolist()
+        assert bounds == pytest.approx([each.mean(), low, high])
+
+
 def closing_gap(trained, rate) -> tuple[float, float, float]:
     """Measured change, and what the trapezoids and the left ends leave of it, as shares, for one learning
     rate."""
-    trainer = trained(ledger_every=1, probe_pairs=16, learning_rate=rate)
+    trainer = trained(ledger_every=1, ledger_pairs=16, learning_rate=rate, seed=4)
     total = ledger.totals(trainer.ledger_table(), dtype="float32").iloc[0]
     return (
         total["measured"],
@@ -221,24 +253,25 @@ def test_the_ledger_closes_and_closes_faster_with_smaller_steps(trained):
 def test_a_wrong_sign_or_a_displacement_of_the_step_before_would_not_close(later):
     """What the closing test can tell: the same gradients with a wrong displacement miss the measured change
     by far."""
-    trainer, data = later(ledger_every=1, probe_pairs=16, learning_rate=4e-3)
+    trainer, data = later(ledger_every=1, ledger_pairs=16, learning_rate=4e-3)
     _, weights = train_and_watch(trainer)
     adapter = trainer._adapter()
     points = []
     for k, values in enumerate(weights):
         for p, value in zip(adapter, values, strict=True):
             p.data.copy_(value)
-        points.append(ledger.ProbePoint(k, *trainer._gradient_of(list(data.earlier["old0"]))))
+        loss, gradient = trainer._gradient_of(list(data.earlier["old0", "train"]))
+        points.append(ledger.ProbePoint(k, [loss], [gradient]))
     names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     moves = [[b - a for a, b in zip(x, y, strict=True)] for x, y in itertools.pairwise(weights)]
 
     def gap(displacements) -> float:
         """What the entries leave of the segments' measured changes, in all, as a share of them."""
         terms = [
-            sum(row["term"] for row in ledger.segment_rows(names, points[k], points[k + 1], moved))
+            sum(row["term"] for row in ledger.segment_rows(names, points[k], points[k + 1], moved)[0])
             for k, moved in enumerate(displacements)
         ]
-        changes = [b.loss - a.loss for a, b in itertools.pairwise(points)]
+        changes = [b.losses[0] - a.losses[0] for a, b in itertools.pairwise(points)]
         return sum(abs(change - term) for change, term in zip(changes, terms, strict=True)) / sum(
             map(abs, changes)
         )
@@ -250,7 +283,7 @@ def test_a_wrong_sign_or_a_displacement_of_the_step_before_would_not_close(later
 
 
 def test_a_third_stage_measures_both_earlier_objectives(later):
-    trainer, _ = later(earlier=(0, 7), conflict_every=2, conflict_pairs=4, ledger_every=3, probe_pairs=4)
+    trainer, _ = later(earlier=(0, 7), conflict_every=2, conflict_pairs=4, ledger_every=3, ledger_pairs=4)
     calls = []
     gradient = trainer._gradient_of
     trainer._gradient_of = lambda rows: calls.append(len(rows)) or gradient(rows)
@@ -267,26 +300,26 @@ def test_a_third_stage_measures_both_earlier_objectives(later):
         ["old0", 0, 3], ["old7", 0, 3], ["old0", 3, 4], ["old7", 3, 4]
     ]  # fmt: skip
     assert conflict["norm_old"].nunique() == 4
-    assert sorted(calls) == [2] * 8 + [4] * 6, (
-        "two halves a conflict, and a point before the first step, after step 3 and after the last: each once"
+    assert sorted(calls) == [1] * 24 + [2] * 8, (
+        "two halves a conflict; each pair of a point before the first step, after step 3, after the last"
     )
 
 
 def test_measured_numbers_stand_in_the_trainers_own_log(trained):
-    trainer = trained(conflict_every=3, conflict_pairs=4, ledger_every=2, probe_pairs=4)
+    trainer = trained(conflict_every=3, conflict_pairs=4, ledger_every=2, ledger_pairs=4)
     log = {entry["step"]: entry for entry in trained_log(trainer)}
     conflict = trainer.conflict_table().set_index("step")
     for step in (1, 4):
         for key in ("cosine", "matched_cosine", "within_cosine", "norm_old", "ledger"):
-            assert log[step][f"conflict/old0/{key}"] == pytest.approx(
+            assert log[step][f"conflict/old0/train/{key}"] == pytest.approx(
                 conflict.loc[step, key], rel=1e-3, abs=1e-6
             )
     assert not [key for key in log[2] if key.startswith("conflict/")]
     terms = ledger.segments(trainer.ledger_table()).set_index("step")["term"]
-    assert [log[step]["ledger/old0/term"] for step in (2, 4)] == pytest.approx(
+    assert [log[step]["ledger/old0/train/term"] for step in (2, 4)] == pytest.approx(
         terms.tolist(), rel=1e-3, abs=1e-6
     )
-    assert [step for step in log if "ledger/old0/loss" in log[step]] == [2, 4]
+    assert [step for step in log if "ledger/old0/train/loss" in log[step]] == [2, 4]
 
 
 def test_a_batch_that_was_not_accumulated_has_no_halves(trained):
@@ -320,12 +353,12 @@ def test_draws_follow_their_key_and_nothing_else():
     [
         ({"conflict_every": 1, "conflict_pairs": 40}, "conflict_pairs = 40"),
         ({"projection": "earlier", "conflict_pairs": 40}, "conflict_pairs = 40"),
-        ({"probe_pairs": 17}, "probe_pairs = 17"),
+        ({"ledger_pairs": 17}, "ledger_pairs = 17"),
     ],
 )
 def test_more_pairs_than_there_are_is_refused_before_the_first_step(later, changes, message):
     with pytest.raises(
-        StudyError, match=f"{message} exceeds the 16 training pairs of old0: lower it or raise train_pairs"
+        StudyError, match=f"{message} exceeds the 16 train pairs of old0: lower it or raise train_pairs"
     ):
         later(**changes)
 
@@ -378,10 +411,10 @@ def test_projected_steps_equal_brute_force(later, parameters, stage1, projection
 
     trainer.finish_step = spy
     _, weights = train_and_watch(trainer)
-    exact, pool, changed = Doubled(stage1, parameters.beta), list(data.earlier["old0"]), 0
+    exact, pool, changed = Doubled(stage1, parameters.beta), list(data.earlier["old0", "train"]), 0
     for k, (start, free, kept, used) in enumerate(steps):
-        chosen = drawn(16, 4, key=(parameters.seed, 1 << 20, 2, k + 1))
-        coins = np.random.default_rng((parameters.seed, 1 << 20, 2)).random(16) < 0.5
+        chosen = drawn(16, 4, key=(SEED, 1 << 20, 2, k + 1))
+        coins = np.random.default_rng((SEED, 1 << 20, 2)).random(16) < 0.5
         rows = [turned(pool[i]) if projection == "placebo" and coins[i] else pool[i] for i in chosen]
         gradient = flat(exact.gradient(weights[k], rows)[1])
         assert torch.allclose(used.double(), gradient, atol=1e-5)
@@ -397,8 +430,9 @@ def test_projection_keeps_the_earlier_loss_lower_than_the_plain_stage(later):
     one less."""
     losses = {}
     for projection in (None, "earlier"):
-        trainer, data = later(projection=projection, conflict_pairs=16, probe_pairs=16, ledger_every=4)
-        trainer.train_dataset = data.earlier["old0"].from_list([turned(row) for row in data.earlier["old0"]])
+        trainer, data = later(projection=projection, conflict_pairs=16, ledger_pairs=16, ledger_every=4)
+        rows = data.earlier["old0", "train"]
+        trainer.train_dataset = rows.from_list([turned(row) for row in rows])
         trainer.train()
         losses[projection] = trainer.ledger_table()["loss_after"].iloc[-1]
     assert losses["earlier"] < losses[None] - 0.05

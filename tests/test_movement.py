@@ -60,8 +60,6 @@ def test_a_single_move_has_a_size_and_nothing_to_compare_it_with():
     assert whole.loc["weight", "norm"] == pytest.approx(float(moved.norm()), rel=1e-9)
     subspaces = movement.subspace_table(points, rank=3)
     assert subspaces.empty and tuple(subspaces.columns) == movement.SUBSPACE_COLUMNS
-    shuffle = {"scaling": 2.0, "repeats": 4, "generator": torch.Generator().manual_seed(0)}
-    assert movement.shuffled_cosines(points, **shuffle) == []
 
 
 def test_three_moves_are_compared_in_every_pair():
@@ -116,27 +114,6 @@ def test_an_edit_planted_in_one_matrix_is_found_there():
     found = cells[cells["norm"] > 1e-9]
     assert found[["layer", "module"]].to_numpy().tolist() == [[1, "up_proj"]]
     assert found["cosine"].iloc[0] == pytest.approx(-1.0)
-
-
-def test_shuffled_moves_are_orthogonal_and_keep_their_size():
-    rng = np.random.default_rng(3)
-    wide = {f"model.layers.{k}.q_proj": (normal(rng, 4, 200), normal(rng, 100, 4)) for k in range(6)}
-    points = {
-        name: {p: (a, (1 + k / 2) * b) for p, (a, b) in wide.items()} for k, name in enumerate(CHECKPOINTS)
-    }
-    for count in (3, 4):
-        some = {name: points[name] for name in CHECKPOINTS[:count]}
-        whole = movement.whole_adapter(movement.movement_table(some, scaling=2.0))
-        assert whole.loc["weight", "cosine"] == pytest.approx(1.0)
-        one, same, other = (
-            movement.shuffled_cosines(
-                some, scaling=2.0, repeats=4, generator=torch.Generator().manual_seed(seed)
-            )
-            for seed in (0, 0, 1)
-        )
-        assert len(one) == 4
-        assert one == same != other
-        assert max(map(abs, one)) < 0.2
 
 
 def dense_subspaces(move: movement.Move, *, leading: int) -> tuple[np.ndarray, np.ndarray]:

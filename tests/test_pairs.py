@@ -41,32 +41,47 @@ def test_a_repeated_pair_is_kept_once_and_counted():
     assert len(found) == 1 and counts["the same pair again"] == 2
 
 
+def sizes(train: int, held_out: int, probe: int = 0, fresh: int = 0) -> dict[str, int]:
+    return {"train": train, "eval": held_out, "probe": probe, "fresh": fresh}
+
+
 def test_splits_divide_prompts_across_objectives():
     tables = {name: table(name, range(30), copies=2) for name in ("safe", "helpful")}
-    split = pairs.assign_splits(tables, train_pairs=20, eval_pairs=10)
+    split = pairs.assign_splits(tables, sizes=sizes(20, 10))
     assert not pairs.leaked_prompts(split)
     for part in split.values():
         assert part["split"].value_counts().to_dict() == {"train": 20, "eval": 10}
 
 
+def test_probe_pairs_and_fresh_prompts_are_apart_and_fresh_falls_short_first():
+    tables = {name: table(name, range(30)) for name in ("safe", "helpful")}
+    split = pairs.assign_splits(tables, sizes=sizes(10, 8, probe=8, fresh=10))
+    assert not pairs.leaked_prompts(split)
+    counts = {"train": 10, "eval": 8, "probe": 8, "fresh": 4}
+    assert all(part["split"].value_counts().to_dict() == counts for part in split.values())
+    smaller = pairs.assign_splits(tables, sizes=sizes(10, 8))
+    for name, part in smaller.items():
+        assert part.merge(split[name], on=["pair_id", "split"]).shape[0] == 18, "more splits move no pair"
+
+
 def test_splits_with_prompts_of_one_objective_only():
     tables = {"safe": table("safe", range(20)), "helpful": table("helpful", range(12, 40))}
-    split = pairs.assign_splits(tables, train_pairs=8, eval_pairs=6)
+    split = pairs.assign_splits(tables, sizes=sizes(8, 6))
     assert not pairs.leaked_prompts(split)
     assert all((part["split"] == "train").sum() == 8 for part in split.values())
 
 
 def test_a_planted_leak_is_found():
-    split = pairs.assign_splits({"safe": table("safe", range(10))}, train_pairs=5, eval_pairs=5)
+    split = pairs.assign_splits({"safe": table("safe", range(10))}, sizes=sizes(5, 5))
     row = split["safe"].query("split == 'train'").head(1)
     split["helpful"] = row.assign(split="eval", objective="helpful")
     assert pairs.leaked_prompts(split) == set(row["prompt_id"])
 
 
 def test_an_empty_split_names_the_numbers():
-    numbers = "3 usable pairs for train_pairs = 4 and eval_pairs = 5"
+    numbers = "3 usable pairs for eval_pairs = 5, train_pairs = 4, probe_pairs = 0, fresh_pairs = 0"
     with pytest.raises(StudyError, match=f"train split of 'safe' is empty: {numbers}"):
-        pairs.assign_splits({"safe": table("safe", list("abc"))}, train_pairs=4, eval_pairs=5)
+        pairs.assign_splits({"safe": table("safe", list("abc"))}, sizes=sizes(4, 5))
 
 
 def test_rows_without_a_usable_pair_are_an_error():
@@ -209,7 +224,7 @@ def test_near_identical_prompts_are_counted_when_data_is_prepared(tokenizer, par
     texts = [stem.format(i) + tail for i in range(24) for tail in ("", " please")]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(labelled(text, "a", "b")) for text in texts))
     source = {"source": "rows.jsonl", "layout": "pku_saferlhf", "objectives": ["safe", "helpful"]}
-    given = parameters.model_copy(update=source | {"train_pairs": 24, "eval_pairs": 24})
+    given = parameters.model_copy(update=source | {"train_pairs": 24, "eval_pairs": 24, "probe_pairs": 0})
     tables, counts = pairs.prepare(given, tokenizer, root=tmp_path)
     by = counts.set_index(["objective", "what"])["rows"]
     assert not pairs.leaked_prompts(tables)
@@ -245,7 +260,7 @@ def test_prepare_accounts_for_every_embedded_row(root, tokenizer, parameters):
 )
 def test_every_row_read_ends_in_exactly_one_line(root, tokenizer, setting, max_length):
     given = params.resolve(root, scale="smoke", setting=setting).model_copy(update={"max_length": max_length})
-    given = given.model_copy(update={"train_pairs": 5, "eval_pairs": 4})
+    given = given.model_copy(update={"train_pairs": 3, "eval_pairs": 3, "probe_pairs": 2})
     _, counts = pairs.prepare(given, tokenizer, root=root)
     ends = counts["what"].str.startswith(("joined", "dropped", "pairs for", "left over"))
     read = counts[counts["what"] == "rows read"].set_index("objective")["rows"]
@@ -256,7 +271,7 @@ def test_every_row_read_ends_in_exactly_one_line(root, tokenizer, setting, max_l
 
 
 def test_the_fingerprint_sees_labels_and_splits():
-    tables = pairs.assign_splits({"safe": table("safe", range(10))}, train_pairs=5, eval_pairs=5)
+    tables = pairs.assign_splits({"safe": table("safe", range(10))}, sizes=sizes(5, 5))
     shuffled = {"safe": tables["safe"].sample(frac=1, random_state=0)}
     other = tables["safe"]["split"].map({"train": "eval", "eval": "train"})
     changed = {"safe": tables["safe"].assign(split=other)}

@@ -153,7 +153,7 @@ def test_names_never_become_paths_unchecked(root, name):
     with pytest.raises(StudyError):
         params.resolve(root, scale="smoke", setting=name)
     with pytest.raises(StudyError):
-        params.design_templates(root, name)
+        params.read_design(root, name)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, "0"])

@@ -110,8 +110,9 @@ def test_the_notebooks_counted_are_those_that_snakemake_would_run(root, tmp_path
 @pytest.fixture
 def small(paper):
     return but(
-        paper, train_pairs=100, eval_pairs=10, pairs_per_step=32, conflict_every=3, conflict_pairs=8,
-        ledger_every=2, probe_pairs=5, kl_pairs=3,
+        paper, train_pairs=100, eval_pairs=10, probe_pairs=20, fresh_pairs=0, pairs_per_step=32,
+        conflict_every=3, conflict_pairs=8,
+        ledger_every=2, ledger_pairs=5, kl_pairs=3,
     )  # fmt: skip
 
 
@@ -120,16 +121,17 @@ def test_pairs_by_hand(root, small):
     stages = plan.stages_of(root, small, ["helpful-then-safe", "safe-then-helpful"])
     amount = plan.work([small], stages, seeds=2)
     assert amount.steps == 2 * 4 * 4 and amount.trained == 2 * 4 * 100
-    measured = 2 * 2 * (2 * 8 + 3 * 5)
+    measured = 2 * 2 * MEASURED
     assert amount.measured == measured, (
-        "conflict at steps 1 and 4 of a later stage, the ledger after 0, 2 and 4"
+        "conflict at steps 1 and 4 of a later stage, the ledger after 0, 2 and 4, on pairs of two splits"
     )
-    assert amount.scored == 2 * 110 + 2 * 4 * 2 * (10 + 2 * 3), "the KL takes policy and base"
-    silent = [but(stage, conflict_every=0, probe_pairs=0) for stage in stages]
+    assert amount.scored == 2 * 130 + 2 * 4 * 2 * (10 + 2 * 3), "the KL takes policy and base"
+    silent = [but(stage, conflict_every=0, ledger_pairs=0) for stage in stages]
     assert plan.work([small], silent, seeds=2).measured == 0
 
 
 HELD_OUT = 2 * (10 + 2 * 3)
+MEASURED = 2 * (2 * 8 + 3 * 5)  # of one earlier objective: training pairs and held-out ones
 
 
 @pytest.mark.parametrize(
@@ -138,14 +140,14 @@ HELD_OUT = 2 * (10 + 2 * 3)
         ("helpful", (4, 100, 0, HELD_OUT)),
         ("helpful.half", (2, 50, 0, HELD_OUT)),
         ("helpful+safe", (7, 200, 0, HELD_OUT)),  # no earlier objective
-        ("helpful-then-safe", (4, 100, 2 * 8 + 3 * 5, HELD_OUT)),
-        ("helpful+safe-then-safe", (4, 100, 2 * (2 * 8 + 3 * 5), HELD_OUT)),  # two earlier objectives
-        ("helpful-then-helpful", (4, 100, 2 * 8 + 3 * 5, HELD_OUT)),
-        ("helpful-then-safe.replay10", (4, 100, 2 * 8 + 3 * 5, HELD_OUT)),  # exchanged, not added
-        ("helpful-then-safe.projected", (4, 100, 2 * 8 + 3 * 5 + 4 * 8, HELD_OUT)),
-        ("helpful-then-safe.placebo", (4, 100, 2 * 8 + 3 * 5 + 4 * 8, HELD_OUT)),
-        ("helpful-then-safe.ref50", (4, 100, 2 * 8 + 3 * 5, HELD_OUT + 100)),
-        ("helpful-then-safe.half.ref50", (2, 50, 8 + 2 * 5, HELD_OUT + 50)),
+        ("helpful-then-safe", (4, 100, MEASURED, HELD_OUT)),
+        ("helpful+safe-then-safe", (4, 100, 2 * MEASURED, HELD_OUT)),  # two earlier objectives
+        ("helpful-then-helpful", (4, 100, MEASURED, HELD_OUT)),
+        ("helpful-then-safe.replay10", (4, 100, MEASURED, HELD_OUT)),  # exchanged, not added
+        ("helpful-then-safe.projected", (4, 100, MEASURED + 4 * 8, HELD_OUT)),
+        ("helpful-then-safe.placebo", (4, 100, MEASURED + 4 * 8, HELD_OUT)),
+        ("helpful-then-safe.ref50", (4, 100, MEASURED, HELD_OUT + 100)),
+        ("helpful-then-safe.half.ref50", (2, 50, 2 * (8 + 2 * 5), HELD_OUT + 50)),
     ],
 )
 def test_what_variants_and_joint_stages_change_by_hand(root, small, chain, work):
@@ -154,7 +156,7 @@ def test_what_variants_and_joint_stages_change_by_hand(root, small, chain, work)
 
 def test_epochs_multiply_what_is_trained_and_not_what_is_scored(root, small):
     twice = plan.stages_of(root, but(small, epochs=2), ["helpful-then-safe.ref50"])[-1]
-    assert plan.stage_work(twice) == (8, 200, 3 * 8 + 5 * 5, HELD_OUT + 100)
+    assert plan.stage_work(twice) == (8, 200, 2 * (3 * 8 + 5 * 5), HELD_OUT + 100)
 
 
 def test_hours_by_hand(paper):
@@ -217,12 +219,12 @@ def test_memory_by_hand(paper):
     flat = but(paper, pairs_per_device=2)
     parts = plan.memory(shape, flat, tokens=7, checkpointing=False)
     named = ("base weights", "adapter", "gradient", "AdamW", "measuring")
-    assert [parts[name] for name in named] == [2000, 40, 40, 80, (6 + 3) * 40]
+    assert [parts[name] for name in named] == [2000, 40, 40, 80, (6 + 4) * 40]
     assert parts["activations"] == 3 * 14 * (14 * 2 + 4 * 4) * 2
     assert parts["logits"] == 3 * 4 * HEAD_ROWS * 5
     saving = plan.memory(shape, flat, tokens=7, checkpointing=True)
     assert saving["activations"] == 14 * 2 * (3 * 2 + 14 * 2 + 4 * 4)
-    lean = but(flat, quantization="nf4", conflict_every=0, probe_pairs=0)
+    lean = but(flat, quantization="nf4", conflict_every=0, ledger_pairs=0)
     quantised = plan.memory(shape, lean, tokens=7, checkpointing=False)
     assert quantised["base weights"] == pytest.approx(800 * 0.52 + 400)
     assert (quantised["AdamW"], quantised["measuring"]) == (40, 0)
@@ -284,7 +286,7 @@ def test_room_on_the_disk_grows_with_the_stages_that_are_trained(said, monkeypat
     said(*words, "--seeds", "0", "1", "--chains", "helpful")
     said(*words, "--seeds", "0", "1", "--chains", "helpful", "helpful-then-safe", "safe-then-helpful")
     assert asked[1] - asked[0] == 3 * 2 * 4 * 83_886_080, "three stages more, two seeds, four bytes a weight"
-    adapters, checkpoints, texts = 2 * 2 * 4 * 83_886_080, 2 * 12 * 83_886_080, 2 * 9000 * 8 * 1024
+    adapters, checkpoints, texts = 2 * 2 * 4 * 83_886_080, 2 * 12 * 83_886_080, 2 * 9256 * 8 * 1024
     assert asked[0] == 2 * 8_030_261_248 + adapters + checkpoints + texts + access.LEAST_FREE
 
 
@@ -299,6 +301,34 @@ def test_the_scales_without_a_gated_model_miss_nothing(said, monkeypatch):
 def test_a_model_that_is_not_here_has_no_known_shape(said, offline):
     text = said("--scale", "paper", "--settings", "safety_signal", "--set", "base_model=someone/other")
     assert "The shape of someone/other is unknown" in text and "trainable" not in text
+
+
+def test_the_share_of_held_out_scoring_by_hand(root, small):
+    """Ten held-out pairs: the KL takes three of them twice; training costs three forward passes."""
+    stages = plan.stages_of(root, small, ["helpful-then-safe"])
+    growing = 2 * 10 + 2 * 2 * HELD_OUT  # base, and two stages with two seeds
+    whole = 2 * (2 * 120 + growing) + 6 * 2 * (2 * 100 + MEASURED)
+    assert plan.scoring_share([small], stages, seeds=2) == pytest.approx(2 * growing / whole)
+    plain = but(small, activation_checkpointing=False)
+    assert plan.scoring_share([plain], stages, seeds=2) > plan.scoring_share([small], stages, seeds=2)
+
+
+def test_the_plan_says_what_its_size_decides_and_what_deciding_more_costs(said, monkeypatch):
+    monkeypatch.setattr(access, "disk_fault", lambda *_, **__: None)
+    monkeypatch.setattr(plan.power, "known", lambda *_: (plan.power.shipped()[0], "a planted study"))
+
+    def effect(*words: str) -> float:
+        text = said("--scale", "smoke", "--settings", "safety_signal", *words)
+        assert "were spreads those of a planted study" in text and text.index("decides") < text.index(
+            "missing"
+        )
+        assert "Most for its cost: twice the held-out pairs." in " ".join(text.split())
+        return float(re.search(r"a change backward of (\d\.\d\d)", text)[1])
+
+    few, many = effect("--set", "eval_pairs=12"), effect("--set", "eval_pairs=48")
+    assert few / many == pytest.approx(2.2, abs=0.1), "four times the prompts, and Student's t"
+    text = said("--scale", "smoke", "--settings", "safety_signal", "--set", "conflict_every=0")
+    assert "Gradients" not in text and "Run-to-run spread is not in these intervals" in text
 
 
 def test_an_unknown_gpu_is_named_with_the_known_ones(root, capsys, monkeypatch):

@@ -9,7 +9,7 @@ from seqdpo_utils import conflict, ledger, models, stages
 from seqdpo_utils.encoding import EncodedPair
 
 PAIRS = 128
-MEASURED = {"conflict_every": 1, "conflict_pairs": 16, "ledger_every": 4, "probe_pairs": 16}
+MEASURED = {"conflict_every": 1, "conflict_pairs": 16, "ledger_every": 4, "ledger_pairs": 16}
 LATER = MEASURED | {"chain": "helpful-then-harmless"}
 
 
@@ -55,7 +55,7 @@ def measured(request, tokenizer, parameters, tmp_path) -> dict[str, tuple[str, p
         trainer = stages.stage_trainer(fresh(), tokenizer, data_for(fresh(), pairs, helpful=first), **options)
         trainer.train()
         ((key, verdict),) = conflict.verdicts(trainer.conflict_table()).items()
-        assert key == (2, "helpful")
+        assert key == (2, "helpful", "train")
         found[name] = verdict["verdict"], ledger.totals(trainer.ledger_table(), dtype="float32").iloc[0]
     return found
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from seqdpo_utils import stages
 from seqdpo_utils.paths import RunPaths
 
-MEASURED = {"conflict_every": 1, "conflict_pairs": 4, "probe_pairs": 4, "ledger_every": 2, "epochs": 2}
+MEASURED = {"conflict_every": 1, "conflict_pairs": 4, "ledger_pairs": 4, "ledger_every": 2, "epochs": 2}
 
 
 class _Killed(BaseException):

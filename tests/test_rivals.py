@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from seqdpo_utils import metrics, rivals
+from seqdpo_utils import metrics, redistribution, rivals
 
 ONE, TWO = "a", "a-then-b"
 
@@ -65,16 +65,32 @@ def test_prompts_are_resampled_with_all_their_pairs():
     assert found == pytest.approx([3.5 - 3.5 * OF_TWO, 3.5, 3.5 + 3.5 * OF_TWO])
 
 
-def test_divergences_are_averaged_with_an_interval_over_prompts():
+def test_divergences_are_averaged_with_a_t_interval_over_prompts():
     table = pd.DataFrame({"pair_id": list("wwxx"), "prompt_id": list("ppqq"), "kl": [0.1, 0.3, 0.4, 0.8]})
     table = table.assign(objective="a", checkpoint=ONE)
-    found = rivals.divergence_table(table, resamples=500, rng=np.random.default_rng(0))
-    (row,) = found.to_dict("records")
+    (row,) = rivals.divergence_table(table).to_dict("records")
     assert row["n_pairs"] == 2
-    found_kl = [row["kl_low"], row["kl"], row["kl_high"]]
-    assert found_kl == pytest.approx([0.4 - 0.2 * OF_TWO, 0.4, 0.4 + 0.2 * OF_TWO])
-    nothing = rivals.divergence_table(table.head(0), resamples=100, rng=np.random.default_rng(0))
-    assert nothing.empty and list(nothing.columns) == list(found.columns)
+    expected = [*stats.t.interval(0.95, 1, loc=0.4, scale=stats.sem([0.2, 0.6])), 0.4]
+    assert [row["kl_low"], row["kl_high"], row["kl"]] == pytest.approx(expected)
+    single = rivals.divergence_table(table.head(2)).iloc[0]
+    assert single["kl"] == pytest.approx(0.2) and pd.isna(single["kl_low"])
+    nothing = rivals.divergence_table(table.head(0))
+    assert nothing.empty and list(nothing.columns) == list(row)
+
+
+@pytest.mark.parametrize(
+    ("means", "reach", "told"),
+    [
+        ([0.1, 0.9, 0.1], 0.1, "largest on **b**"),
+        ([0.1, 0.9, 0.8], 0.1, "the intervals overlap"),
+        ([0.1, 0.9, 0.9], 0.0, "the intervals overlap"),  # an exact tie has no first
+        ([0.4, 0.4, 0.4], 0.0, "equal, since the objectives share these answers"),
+        ([0.4], 0.1, "no other objective to compare with"),
+    ],
+)
+def test_the_largest_drift_is_named_only_where_it_stands_apart(means, reach, told):
+    table = pd.DataFrame({"objective": list("abc")[: len(means)], "kl": means})
+    assert rivals.largest_drift(table.assign(kl_low=table["kl"] - reach, kl_high=table["kl"] + reach)) == told
 
 
 def planted(effect: float, *, pairs: int = 120) -> pd.DataFrame:
@@ -103,7 +119,7 @@ def by_length(measures: pd.DataFrame, *, before: str = ONE, after: str = TWO, re
 def test_length_foretells_what_was_planted(effect, sign):
     measures = planted(effect)
     row = by_length(measures)
-    wide = metrics.pair_change(measures, "a", before=ONE, after=TWO).set_index("pair_id")
+    wide = redistribution.pair_change(measures, "a", before=ONE, after=TWO).set_index("pair_id")
     lengths = measures[measures["checkpoint"] == "base"].set_index("pair_id").reindex(wide.index)
     longer = lengths["chosen_tokens"] - lengths["rejected_tokens"]
     assert row["spearman"] == pytest.approx(stats.spearmanr(longer, wide["change"]).statistic)

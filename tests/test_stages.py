@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from trl import DPOTrainer
 
 from seqdpo_utils import metrics, models, scoring, stages
-from seqdpo_utils.encoding import EncodedPair
+from seqdpo_utils.encoding import EncodedPair, encode_pair
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.measuring import LengthGrouped
 from seqdpo_utils.paths import RunPaths, check_trained, write_json, write_table
+from seqdpo_utils.scoring import sequence_logp
 
 
 @pytest.fixture(scope="session")
@@ -261,13 +262,13 @@ def test_the_references_of_earlier_objectives_are_proven_too(make, stage1):
     for share in (0.0, 1.0):
         trainer = make(data, previous=stage1, reference=share)
         proof = stages.prove_reference(trainer, data, share=share).iloc[2 * stages.REFERENCE_CHECKS :]
-        names = [f"{side} {i} of earlier first" for i in range(4) for side in ("chosen", "rejected")]
+        names = [f"{side} {i} of earlier first (train)" for i in range(4) for side in ("chosen", "rejected")]
         assert proof["completion"].tolist()[:8] == names and len(proof) == 8 + 4
         assert np.allclose(proof["trainer_reference"], proof["adapter_off"], rtol=1e-4)
     policy = PeftModel.from_pretrained(fresh(), stage1)
-    wrong = [shifted(data.earlier["second"], *sides) for sides in ((1.1, 1.1), (1.00009, 0.99991))]
+    wrong = [shifted(data.earlier["second", "train"], *sides) for sides in ((1.1, 1.1), (1.00009, 0.99991))]
     for rows in [*wrong, data_for(policy, random_pairs(2, seed=2)).rows]:
-        moved = dataclasses.replace(data, earlier=data.earlier | {"second": rows})
+        moved = dataclasses.replace(data, earlier=data.earlier | {("second", "train"): rows})
         with pytest.raises(StudyError, match="of the earlier objective second is not the base model"):
             stages.prove_reference(make(moved, previous=stage1), moved)
 
@@ -474,6 +475,69 @@ def test_replayed_pairs_take_the_place_of_some_as_their_own_stage_saw_them(run):
     assert table["pair_id"].is_unique and (table[table["objective"] == "b"]["chosen"] == "yes").all()
     with pytest.raises(StudyError, match=r"replay|few"):
         stages.training_pairs(run, PLAIN | {"replay": 0.01})
+
+
+def test_a_stage_on_new_prompts_meets_none_that_an_earlier_stage_trained_on(run):
+    """Objective b labels the prompts of a; its stage takes as many pairs as ever, first of its own split."""
+    for objective in ("a", "b"):
+        pairs = pd.read_parquet(run.data(objective)).assign(prompt_id=[f"p{i}" for i in range(9)])
+        fresh = pairs.head(6).assign(split="fresh", prompt_id=[f"new{i}" for i in range(6)])
+        fresh["pair_id"] = [f"{objective}-new{i}" for i in range(6)]
+        if objective == "b":
+            pairs.loc[:2, "prompt_id"] = ["b0", "b1", "b2"]  # three prompts that only b has
+        write_table(run.data(objective), pd.concat([pairs, fresh]))
+    tables = [pd.read_parquet(run.data(objective)) for objective in ("a", "b")]
+    sums = {"chosen_logp": -1.0, "rejected_logp": -2.0, "chosen_tokens": 2, "rejected_tokens": 3}
+    write_table(run.base_scores, pd.concat(tables).assign(**sums))
+    write_json(run.at("a").manifest, {"parameters": PLAIN, "varied": []})
+    first = stages.training_pairs(run.at("a"), PLAIN | {"prompts_across_stages": "disjoint"})
+    assert first["pair_id"].tolist() == [f"a-{i}" for i in range(8)], "a first stage has nothing to avoid"
+    shared = stages.training_pairs(run, PLAIN)
+    assert set(shared["prompt_id"]) & set(first["prompt_id"])
+    apart = stages.training_pairs(run, PLAIN | {"prompts_across_stages": "disjoint"})
+    assert apart["pair_id"].tolist() == ["b-0", "b-1", "b-2", *(f"b-new{i}" for i in range(5))]
+    assert not set(apart["prompt_id"]) & set(first["prompt_id"])
+    with pytest.raises(
+        StudyError, match=r"6 pairs of a have prompts that no earlier stage saw, 8 are needed"
+    ):
+        stages.training_pairs(run.at("a-then-a"), PLAIN | {"prompts_across_stages": "disjoint"})
+
+
+def test_every_stage_draws_from_a_seed_of_its_own(run, parameters, tmp_path):
+    """With one seed for all, stages that share prompts would meet them in one order."""
+    orders, configs = [], []
+    for chain in ("a", "a-then-b", "a-then-b-then-a"):
+        table = stages.training_pairs(run.at(chain), PLAIN | {"shuffled_labels": True})
+        orders.append(tuple(table["turned"]))
+        given = parameters.model_copy(update={"chain": chain, "seed": 3})
+        configs.append(stages.dpo_config(given, pairs=8, output_dir=tmp_path).seed)
+    assert len(set(orders)) == 3 and len(set(configs)) == 3
+    other = given.model_copy(update={"chain": "x-then-y-then-z"})
+    again = stages.dpo_config(other, pairs=8, output_dir=tmp_path)
+    assert again.seed == configs[-1], "variants and objectives do not matter: stages that differ in one thing"
+
+
+def test_kept_adapters_are_scored_and_the_trained_weights_come_back(make, tokenizer, tmp_path, parameters):
+    data = data_for(fresh(), random_pairs(8))
+    run = RunPaths(tmp_path / "runs", "smoke", "s", "helpful", 0)
+    asked, answers = [{"role": "user", "content": "Why?"}], {"chosen": "Because.", "rejected": "No idea."}
+    texts = pair_table(3, split="eval").assign(prompt=json.dumps(asked), prompt_id=["1", "2", "3"], **answers)
+    write_table(run.data("helpful"), texts)
+    given = parameters.model_copy(update={"objectives": ["helpful"], "chain": "helpful"})
+    trainer = make(data, pairs_per_step=2)
+    trainer.add_callback(stages._Keeper(trainer.model, run, every=2))
+    trainer.train()
+    assert sorted(path.name for path in run.kept(0).parent.iterdir()) == ["step-2"], "not after the last step"
+    before = adapter_of(trainer)
+    scoring_options = {"splits": ["eval"], "checkpoint": "helpful"}
+    stages.score_files(trainer.scorer, tokenizer, [run.data("helpful")], run.scores, **scoring_options)
+    within = stages.score_within(trainer, run, tokenizer, parameters=given)
+    assert within["step"].unique().tolist() == [2] and len(within) == 3
+    assert all(torch.equal(before[name], now) for name, now in adapter_of(trainer).items())
+    kept = PeftModel.from_pretrained(fresh(), run.kept(2)).eval()
+    pair = encode_pair(tokenizer, asked, **answers)
+    assert within["chosen_logp"][0] == pytest.approx(sequence_logp(kept, pair.prompt, pair.chosen), rel=1e-4)
+    assert within["chosen_logp"][0] != pytest.approx(pd.read_parquet(run.scores)["chosen_logp"][0], rel=1e-6)
 
 
 def test_a_first_stage_by_hand_makes_its_start_adapter_once(root, tokenizer, parameters, run):

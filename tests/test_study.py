@@ -17,6 +17,7 @@ from seqdpo_utils.chains import Chain
 from seqdpo_utils.conflict import CONFLICT_COLUMNS
 from seqdpo_utils.ledger import LEDGER_COLUMNS
 from seqdpo_utils.metrics import MEASURES
+from seqdpo_utils.pairs import SPLITS
 from seqdpo_utils.paths import RunPaths
 
 PKU = "safety_signal"
@@ -52,7 +53,17 @@ def nodes(study) -> list[RunPaths]:
 def test_every_file_of_the_contract_is_there(study):
     assert len(nodes(study)) == 7
     for run in nodes(study):
-        names = ("run_json", "manifest", "history", "scores", "kl", "conflict", "ledger")
+        names = (
+            "run_json",
+            "manifest",
+            "history",
+            "scores",
+            "kl",
+            "conflict",
+            "ledger",
+            "ledger_pairs",
+            "within",
+        )
         assert [name for name in names if not getattr(run, name).is_file()] == []
         assert (run.adapter / "adapter_model.safetensors").is_file()
         trained = "02_first_stage" if run.chain in ("helpful", "safe", "helpful+safe") else "03_later_stage"
@@ -84,7 +95,7 @@ def test_columns_are_those_of_the_contract(study):
         run, sequence = node(study, chain), Chain.parse(chain)
         data = pd.read_parquet(run.data("safe"))
         assert {"pair_id", "prompt_id", "objective", "split", "prompt", "chosen", "rejected"} <= set(data)
-        assert set(data["split"]) == {"train", "eval"}
+        assert set(data["split"]) == set(SPLITS)
         scores = pd.read_parquet(run.scores)
         assert list(scores) == [field.name for field in records.RECORDS] and set(scores["checkpoint"]) == {
             chain
@@ -212,7 +223,7 @@ def test_base_records_are_the_base(prepared):
     for setting in (PKU, *OTHERS):
         run = RunPaths(prepared, "smoke", setting)
         scores = pd.read_parquet(run.base_scores)
-        assert set(scores["split"]) == {"train", "eval"} and set(scores["checkpoint"]) == {"base"}
+        assert set(scores["split"]) == set(SPLITS) and set(scores["checkpoint"]) == {"base"}
         row = scores.iloc[0]
         texts = pd.read_parquet(run.data(row.objective)).set_index("pair_id").loc[row.pair_id]
         turns = json.loads(texts["prompt"])

@@ -71,11 +71,13 @@ def _chosen(root: Path, options: argparse.Namespace) -> tuple[list[Any], dict[st
     asked = [params.resolve(root, scale=options.scale, setting=name, overrides=laid) for name in names]
     designs = options.design or ([] if options.chains else ["both_orders"])
     chains = params.chosen_chains(root, asked, designs=designs, named=options.chains)
-    templates = [template for design in designs for template in params.design_templates(root, design)]
+    read = [params.read_design(root, design) for design in designs]
+    templates = [template for design in read for template in design.chains]
     for each in asked:
         for template in dict.fromkeys(expand(templates, each.objectives)[1]):
             print(f"left out    {template} for {each.setting}: {len(each.objectives)} objectives are too few")
     config = {"scale": options.scale, "seeds": asked[0].seeds, "chains": chains, "overrides": overrides}
+    config["notebooks"] = sorted({design.notebook for design in read if design.notebook})
     return [each for each in asked if each.setting in chains], config
 
 

@@ -16,10 +16,12 @@ from huggingface_hub import get_token, try_to_load_from_cache
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from seqdpo_utils import power
 from seqdpo_utils.batch import access
 from seqdpo_utils.chains import THEN, Chain, tree
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.models import lora_config
+from seqdpo_utils.pairs import split_sizes
 from seqdpo_utils.params import EMBEDDED_MODELS, Parameters, varied
 from seqdpo_utils.scoring import HEAD_ROWS
 
@@ -41,7 +43,7 @@ _LLAMA_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 143
 _LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.52}  # nf4: four bits and doubly quantised constants
 CONFLICT_COPIES = 6  # gradients kept at once while conflict is measured
-LEDGER_COPIES = 3  # the last point's weights and gradient, and the gradient being taken
+LEDGER_COPIES = 4  # weights of two points, the move between them, the gradient of the pair at hand
 NORMS = {"bfloat16": 14, "float32": 8}  # in float32 the norms and the LoRA maps keep no copies of their own
 
 
@@ -107,19 +109,23 @@ def stage_work(stage: Parameters) -> Work:
     pairs = max(1, round(stage.train_share * stage.train_pairs * len(chain.last.objectives)))
     steps = math.ceil(pairs / stage.pairs_per_step) * stage.epochs
     batches = math.ceil(steps / stage.conflict_every) if stage.conflict_every else 0
-    points = 1 + math.ceil(steps / stage.ledger_every) if stage.probe_pairs else 0
-    measured = len(chain.earlier) * (batches * stage.conflict_pairs + points * stage.probe_pairs)
+    points = 1 + math.ceil(steps / stage.ledger_every) if stage.ledger_pairs else 0
+    # on training pairs, and on as many held-out ones where there are any
+    both = len(chain.earlier) * (2 if stage.probe_pairs else 1)
+    measured = both * (batches * stage.conflict_pairs + points * stage.ledger_pairs)
     measured += steps * stage.conflict_pairs if stage.projection else 0
     splits = {"train": stage.train_pairs, "eval": stage.eval_pairs}
     scored = objectives * sum(splits[split] for split in set(stage.scored_splits))
     scored += objectives * 2 * min(stage.kl_pairs, stage.eval_pairs)  # KL from the base: policy and base
     scored += pairs if stage.reference else 0  # by the stage before
+    kept = (steps - 1) // stage.keep_every if stage.keep_every else 0
+    scored += objectives * kept * stage.eval_pairs
     return Work(steps, pairs * stage.epochs, measured, scored)
 
 
 def work(settings: list[Parameters], stages: list[Parameters], *, seeds: int) -> Work:
     """The whole study: the base model's sums of every setting, and each stage once a seed."""
-    base = sum(len(each.objectives) * (each.train_pairs + each.eval_pairs) for each in settings)
+    base = sum(len(each.objectives) * sum(split_sizes(each).values()) for each in settings)
     total = Work(*(seeds * sum(column) for column in zip(*map(stage_work, stages), strict=True)))
     return total._replace(scored=total.scored + base)
 
@@ -146,7 +152,7 @@ def memory(shape: Shape, parameters: Parameters, *, tokens: int, checkpointing: 
     number, linear = _BYTES[parameters.dtype], _BYTES[parameters.quantization or parameters.dtype]
     # PEFT keeps the adapter in float32; TRL turns it to bfloat16 over a quantised base
     gradient = shape.trainable * (2.0 if parameters.quantization else 4.0)
-    copies = CONFLICT_COPIES * bool(parameters.conflict_every) + LEDGER_COPIES * bool(parameters.probe_pairs)
+    copies = CONFLICT_COPIES * bool(parameters.conflict_every) + LEDGER_COPIES * bool(parameters.ledger_pairs)
     rows = parameters.pairs_per_device * tokens
     layer = rows * activations_a_token(shape, parameters.dtype) * number
     inputs = shape.layers * rows * shape.hidden * number
@@ -172,10 +178,37 @@ def activations_a_token(shape: Shape, dtype: str) -> int:
 
 def hours(shape: Shape, amount: Work, parameters: Parameters, *, tokens: int, peak: float) -> float:
     """Hours of computing at `UTILISATION` of `peak` FLOP a second, notebooks' starts and figures left out."""
-    weights = shape.base + shape.trainable
-    a_step = (6 if parameters.activation_checkpointing else 4) * weights
-    operations = tokens * ((amount.trained + amount.measured) * a_step + amount.scored * 2 * weights)
+    operations = tokens * (shape.base + shape.trainable) * effort(amount, parameters)
     return operations / (peak * UTILISATION) / 3600
+
+
+def effort(amount: Work, parameters: Parameters) -> int:
+    """FLOP a token and weight: 2 forward, 2 backward, and 2 where activations are computed again."""
+    a_step = 6 if parameters.activation_checkpointing else 4
+    return (amount.trained + amount.measured) * a_step + amount.scored * 2
+
+
+def scoring_share(settings: list[Parameters], stages: list[Parameters], *, seeds: int) -> float:
+    """Share of a study's FLOP that grows with held-out pairs."""
+    without = [[each.model_copy(update={"eval_pairs": 0}) for each in part] for part in (settings, stages)]
+    efforts = [effort(work(*parts, seeds=seeds), settings[0]) for parts in (without, (settings, stages))]
+    return 1 - efforts[0] / efforts[1]
+
+
+def decides(
+    root: Path, settings: list[Parameters], stages: list[Parameters], *, seeds: int, scale: str
+) -> tuple[str, list[str]]:
+    """Whose spreads are used, and what a study of this size decides by them; notebook 07 says the same."""
+    (typical, measured), first = power.known(root, scale), settings[0]
+    later = [stage_work(stage).steps for stage in stages if THEN in stage.chain]
+    size = {"prompts": first.eval_pairs, "seeds": seeds}
+    lines = power.decidable_in_words(typical, **size)
+    if later and first.conflict_every:
+        count = math.ceil(max(later) / first.conflict_every)
+        lines.append(power.gradients_in_words(typical, half=first.conflict_pairs // 2, count=count))
+    lines.append(power.run_spread_in_words(typical, measured, seeds=seeds))
+    share = scoring_share(settings, stages, seeds=seeds)
+    return measured, [*lines, power.cheapest_in_words(typical, **size, scoring=share)]
 
 
 def text(root: Path, settings: list[Parameters], config: dict[str, Any], *, gpu: str, tokens: int) -> str:
@@ -198,11 +231,13 @@ def text(root: Path, settings: list[Parameters], config: dict[str, Any], *, gpu:
     shape, adapters = shape_of(root, settings[0]), (len(every) + 1) * len(config["seeds"])
     missing = [fault for each in settings for fault in access.faults(root, each)]
     missing += _lacks(root, shape, settings, gpu=gpu, adapters=adapters) if shape else []
-    says = config | {"settings": settings, "stages": stages, "every": every, "shape": shape, "gpu": gpu}
+    says = {"settings": settings, "stages": stages, "every": every, "shape": shape, "gpu": gpu}
     says |= {"tokens": tokens, "missing": list(dict.fromkeys(missing))}
+    found = decides(root, settings, every, seeds=len(config["seeds"]), scale=config["scale"])
+    says |= dict(zip(("measured", "decided"), found, strict=True))
     template = (files("seqdpo_utils.batch") / "templates" / "plan.txt").read_text(encoding="utf-8")
-    # the template calls the functions of this module and reads its constants
-    return jinja2.Template(template, trim_blocks=True).render(globals() | says)
+    # the template calls the functions of this module, reads its constants and what a study is told
+    return jinja2.Template(template, trim_blocks=True).render(config | globals() | says)
 
 
 def _lacks(root: Path, shape: Shape, settings: list[Parameters], *, gpu: str, adapters: int) -> list[str]:
@@ -222,6 +257,6 @@ def _lacks(root: Path, shape: Shape, settings: list[Parameters], *, gpu: str, ad
         found.append(f"no GPU here: torch {torch.__version__} sees none, and {weights}.")
     # a download has two bytes a weight, an adapter four; a stage keeps two checkpoints with their optimiser
     weights = 2 * shape.base * download + shape.trainable * (4 * adapters + 2 * (4 + 8))
-    texts = sum(len(each.objectives) * (each.train_pairs + each.eval_pairs) for each in settings)
+    texts = sum(len(each.objectives) * sum(split_sizes(each).values()) for each in settings)
     disk = access.disk_fault(root, needed=weights + texts * 8 * first.max_length + access.LEAST_FREE)
     return [*found, disk] if disk else found
