@@ -408,7 +408,8 @@ def kept_of_learned(
 
     Args:
         changes: `objective`, `margin_before`, `margin_after`.
-        lines: from `redistribution.line_band`, with its `objective`.
+        lines: from `redistribution.line_band`, with its `objective`, and the `control` whose grey line it is
+            ("": none).
         objectives: of the setting: the place of each decides its colour.
         before, after: labels of the checkpoints.
         caption: what the figure says.
@@ -421,11 +422,17 @@ def kept_of_learned(
         x=alt.X("margin_before:Q", title=f"learned: DPO margin at {before}"),
         y=alt.Y("margin_after:Q", title=f"kept: DPO margin at {after}"),
     )
-    fitted = alt.Chart(lines).encode(x="learned:Q", color=_colour("objective", colours, title=title))
+    ghosts = (
+        alt.Chart(lines[lines["control"] != ""])
+        .mark_line(strokeWidth=1.5, strokeDash=[6, 2])
+        .encode(x="learned:Q", y="kept:Q", color=alt.value(GREY), detail=["objective:N", "control:N"])
+    )
+    own = alt.Chart(lines[lines["control"] == ""])
+    fitted = own.encode(x="learned:Q", color=_colour("objective", colours, title=title))
     band = fitted.mark_area(opacity=0.2).encode(y="kept_low:Q", y2="kept_high:Q")
     ends = alt.Chart(pd.DataFrame({"x": [changes[both[0]].min(), changes[both[0]].max()]}))
     diagonal = ends.mark_line(color=INK, strokeDash=[2, 2]).encode(x="x:Q", y="x:Q")
-    chart = _zero("y") + band + diagonal + fitted.mark_line().encode(y="kept:Q") + points
+    chart = _zero("y") + band + diagonal + ghosts + fitted.mark_line().encode(y="kept:Q") + points
     shows = "Scatter plot of the DPO margin kept over that learned, a line with its band, and the diagonal."
     return _finish(chart, "Was a share lost, or a sum?", caption, shows=shows, size=(360, 280))
 
@@ -433,13 +440,18 @@ def kept_of_learned(
 def quartile_changes(table: pd.DataFrame, *, caption: str) -> Figure:
     """Mean change by quartile, for rows of `redistribution.quartiles` with their `objective`.
 
-    A panel a `key` and a row an `objective`; grey ticks: the most that regression to the mean can do.
+    A panel a `key` and a row an `objective`; grey ticks: the most that regression to the mean can do. Rows
+    with a `control` stand beside in grey.
     """
+    own = table.assign(chain="this chain")
+    drawn, slots = _ghosted(own, "chain", {"this chain": STAGE_COLOURS[2]})
+    if "control" not in table or table["control"].eq("").all():
+        slots = {"color": alt.value(STAGE_COLOURS[2])}
     units = {"margin": "change of DPO margin", "policy_margin": "change of policy margin per token"}
     parts = []
-    for measure, rows in table.groupby("measure"):
+    for measure, rows in drawn.groupby("measure"):
         x = alt.X("quartile:O", title="quartile (1 lowest)", axis=alt.Axis(labelAngle=0))
-        base = alt.Chart(rows).encode(x=x, color=alt.value(STAGE_COLOURS[2]))
+        base = alt.Chart(rows).encode(x=x, **slots)
         panel = _intervals(base, "change", title=units[measure])
         panel += base.mark_tick(thickness=3, width=18).encode(y="regression:Q", color=alt.value(PALE))
         keys = alt.Column("key:N", sort=list(rows["key"].unique()), title=None)
@@ -609,7 +621,6 @@ def margin_planes(places: pd.DataFrame, *, caption: str) -> Figure:
         panels.append(alt.layer(*drawn, points).properties(width=280, height=260, title=setting))
     shows = "Margin of one objective over that of the other at the end of each way to have both."
     return _finish(alt.concat(*panels, columns=2), "How much of both can be had?", caption, shows=shows)
-
 
 
 def _compared(table: pd.DataFrame) -> pd.Series:

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import altair as alt
 import numpy as np
@@ -23,6 +24,7 @@ from conftest import ROOT
 from IPython.display import Markdown
 from safetensors.torch import save_file
 
+from seqdpo_utils import layouts
 from seqdpo_utils.chains import BASE, Chain
 from seqdpo_utils.conflict import CONFLICT_COLUMNS
 from seqdpo_utils.ledger import LEDGER_COLUMNS, LEDGER_PAIR_COLUMNS
@@ -33,10 +35,12 @@ FORTH, SHAM, BACK = CHAINS = ("safe-then-helpful", "safe-then-helpful.shuffled",
 BETA, RANK, ALPHA, RESAMPLES = 0.2, 2, 6, 600
 SIZES = {"pairs_per_step": 8, "conflict_pairs": 8, "ledger_pairs": 5}
 OWN = {"03": SIZES, "04": {"controls": list(CHAINS)}}
-OWN |= {"05": {}, "06": SIZES | OWN["04"] | {"lora_rank": RANK, "lora_alpha": ALPHA}}
+OWN |= {"05": OWN["04"], "06": SIZES | OWN["04"] | {"lora_rank": RANK, "lora_alpha": ALPHA}}
 """Parameters of a notebook beside those of all."""
 NOISE = {0: None, 1: {"sums": 16, "rms": 0.3, "worst": 0.5}}
 """Rounding of the sums as noted by the scorer: seed 0 in float32, seed 1 not."""
+NOISY = {"wrong": ["eval-3"], "undecided": ["eval-4", "eval-9"]}
+"""Prompts of `safe` whose labels are known to be wrong or arbitrary; of `helpful` nothing is known."""
 PAIRS_OF_PROMPT = (1, 2, 3, 4, 2, 3, 1, 4, 2, 3, 4, 1, 2, 3, 2, 1)
 PAIRS = sum(PAIRS_OF_PROMPT)
 MARGINS = {
@@ -82,7 +86,8 @@ class Planted:
             given |= {"setting": SETTING, "objectives": list(OBJECTIVES), "chain": chain, "seed": seed}
             given |= OWN[number]
         if (key := (number, chain, seed)) not in self._pages:
-            with contextlib.chdir(self.root), alt.renderers.enable("default"):
+            rows = mock.patch.object(layouts, "EMBEDDED", self.root / "rows")  # what is known of wrong labels
+            with contextlib.chdir(self.root), alt.renderers.enable("default"), rows:
                 self._pages[key] = execute(number, **given)
         return self._pages[key]
 
@@ -105,6 +110,9 @@ def plant(root: Path) -> Planted:
     study = Planted(root, data={name: _data(name, k) for k, name in enumerate(OBJECTIVES)})
     for name, table in study.data.items():
         write_table(study.run("", 0).data(name), table)
+    told = {"layout": "pku_saferlhf", "source": "embedded"}
+    write_json(study.run("", 0).preparation, {"parameters": told})
+    write_json(root / "noise.json", {"pku_saferlhf": {"safe": NOISY}})
     base = pd.concat([_base(table, k) for k, table in enumerate(study.data.values())], ignore_index=True)
     _write_records(study.run("", 0).base_scores, base, noise=None)
     for seed in SEEDS:

@@ -78,7 +78,7 @@ def changes() -> pd.DataFrame:
 
 def lines() -> pd.DataFrame:
     means = {"learned": [-0.25, 0.5], "kept": [-0.3, 0.1], "kept_low": [-0.4, 0.0], "kept_high": [-0.2, 0.2]}
-    return pd.DataFrame(means | {"objective": "b"})
+    return pd.DataFrame(means | {"objective": "b", "control": ""})
 
 
 def quartiles() -> pd.DataFrame:

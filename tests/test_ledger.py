@@ -38,7 +38,14 @@ def test_one_segment_by_hand():
     start = ledger.ProbePoint(4, [1.0], [[2 * one, 2 * one]])
     end = ledger.ProbePoint(6, [9.0], [[6 * one, 6 * one]])
     (row,), (pair,) = ledger.segment_rows(NAMES[:2], start, end, [2 * one, 0 * one])
-    assert pair == {"from_step": 4, "step": 6, "term": 8.0, "left": 4.0, "loss_before": 1.0, "loss_after": 9.0}
+    assert pair == {
+        "from_step": 4,
+        "step": 6,
+        "term": 8.0,
+        "left": 4.0,
+        "loss_before": 1.0,
+        "loss_after": 9.0,
+    }
     assert (row["from_step"], row["step"], row["layer"], row["module"]) == (4, 6, 0, "q_proj")
     assert (row["term"], row["left"], row["loss_before"], row["loss_after"]) == (8.0, 4.0, 1.0, 9.0)
 

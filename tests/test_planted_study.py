@@ -111,14 +111,14 @@ def triple(row: pd.Series, name: str) -> list[float]:
     return [float(row[f"{name}{end}"]) for end in ("", "_low", "_high")]
 
 
-def near(row: pd.Series, name: str, values: Iterable, prompts: np.ndarray) -> None:
-    """The number is the mean to the last digits; its bounds are ours within the noise of resampling."""
+def near(row: pd.Series, name: str, values: Iterable, prompts: np.ndarray, share: float = 0.125) -> None:
+    """The number is the mean to the last digits; its bounds are ours up to a share of the interval."""
     values = np.asarray(values, dtype=float)
     bounds, (found, *theirs) = interval(values, prompts), triple(row, name)
     if np.isin(values, (0, 0.5, 1)).all() and values.any():
         bounds = bounds.clip(0, 1)
     assert found == pytest.approx(values.mean(), abs=1e-9), name
-    assert theirs == pytest.approx(bounds, abs=0.125 * np.ptp(bounds) + 1e-9), name
+    assert theirs == pytest.approx(bounds, abs=share * np.ptp(bounds) + 1e-9), name
 
 
 def resampled(prompts: np.ndarray, draws: int) -> list[np.ndarray]:
@@ -173,6 +173,21 @@ def test_the_stage_matrix(study, chain, seed):
             assert pd.isna(row["relative_accuracy"])
         else:
             near(row, "relative_accuracy", gained > 0, prompts)
+
+
+@every_run
+def test_the_labels_that_are_not_wrong(study, chain, seed):
+    """Without the pairs of prompts whose label is known to be wrong; where nothing is known, no row."""
+    both = study.page("04", chain, seed).names["both"].set_index(["checkpoint", "objective"])
+    prompts, noisy = asked(study, "safe"), [*planted.NOISY["wrong"], *planted.NOISY["undecided"]]
+    sound = ~np.isin(prompts, noisy)
+    assert list(both.index) == [(node, "safe") for node in (BASE, ends(chain)[0], chain)]
+    for (node, _), row in both.iterrows():
+        values = margin(study, seed, node, "safe")
+        near(row, "margin", values, prompts)
+        row = row.rename({f"margin{end}_sound": f"sound{end}" for end in ("", "_low", "_high")})
+        near(row, "sound", values[sound], prompts[sound])
+        assert row["n_pairs_sound"] == sound.sum() < row["n_pairs"]
 
 
 @every_run
@@ -243,7 +258,10 @@ def test_every_change_of_a_pair(study, chain, seed):
     assert table["effect"].tolist() == way.map({1: "helped", 0: "unchanged", -1: "harmed"}).tolist()
     order = (own["after"] > 0).astype(int) - (own["before"] > 0)
     assert table["reordered"].tolist() == order.map({1: "gained", 0: "same", -1: "lost"}).tolist()
-    assert table["effect"].nunique() == 3 and table["reordered"].nunique() > 1
+    if chain == FORTH:
+        ghost = study.page("05", chain, seed).names["ghosts"]["shuffled labels"]["safe"].set_index("pair_id")
+        sham = changes(study, SHAM, seed).reindex(ghost.index)
+        pd.testing.assert_frame_equal(ghost[own.columns], sham, check_dtype=False)
 
 
 @every_run
@@ -297,8 +315,9 @@ def test_quartiles(study, chain, seed):
         assert rows["change"].tolist() == pytest.approx(means.tolist())
         assert rows["regression"].tolist() == pytest.approx(luck.tolist())
         bounds = spread((quarters(drew[sorts], drew[moves]) for drew in drawn), means, wider(8))
-        for k, (_, row) in enumerate(rows.iterrows()):
-            assert close(row[["change_low", "change_high"]], bounds[:, k]), (key, k)
+        theirs = rows[["change_low", "change_high"]].to_numpy().T
+        assert all(close(theirs[:, k], bounds[:, k], 0.3) for k in range(4)), key
+        assert np.ptp(theirs, axis=0).mean() == pytest.approx(np.ptp(bounds, axis=0).mean(), rel=0.15), key
         sentence = f"highest quartile minus lowest by `{key}`: {means[3] - means[0]:+z.3f} ("
         (line,) = (line for line in text.splitlines() if sentence in line)
         bound = min(luck[3] - luck[0], 0.0)
@@ -455,7 +474,7 @@ def test_displaced_likelihood_and_drift(study, chain, seed):
         moved = now - was
         for side in SIDES:
             near(row, side, moved[f"{side}_logp"], asked(study, objective))
-        near(row, "both_fell", (moved < 0).all(axis=1), asked(study, objective))
+        near(row, "both_fell", (moved < 0).all(axis=1), asked(study, objective), 0.2)
     last = table.loc[(first, first, chain)]
     sentence = "chosen {}, rejected {} nats; both".format(*(told(triple(last, side), 1) for side in SIDES))
     assert f"{sentence} fell in {last['both_fell']:.0%} of the pairs." in page.text
@@ -900,7 +919,7 @@ def test_five_worlds_are_told_apart(name):
     for crossed in (False, True):
         line = redistribution.kept_line(runs, crossed=crossed, **options)
         told_of += [redistribution.loss_pattern(line, learned=1.0)["pattern"]]
-    assert tuple(told_of) == WORLDS[name]
+    assert tuple(told_of) == WORLDS[name], told_of
 
 
 def test_drift_shows_in_the_probabilities_and_nowhere_else():
