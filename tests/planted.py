@@ -146,17 +146,16 @@ def _plant_node(study: Planted, chain: Chain, seed: int, rng: np.random.Generato
 
 
 def _data(objective: str, place: int) -> pd.DataFrame:
-    """Pairs of a split with texts; every third pair has the other label in `safe`, outside the evaluation."""
+    """Pairs of every split with texts; half of the training prompts and some labels are `safe`'s own."""
     rows = []
     for split, sizes in (("eval", PAIRS_OF_PROMPT), ("train", (2, 1, 3, 2)), ("probe", (1, 2, 2))):
-        for prompt, size in enumerate(sizes):
+        for number, size in enumerate(sizes):
+            prompt = f"{split}-{number + 2 * place * (split == 'train')}"
             for k in range(size):
-                turned = place == 1 and (k == 1 if split == "eval" else prompt % 3 == 0)
-                one, two = f"{split} {prompt} {k} one", f"{split} {prompt} {k} two"
-                asked = prompt + 2 * place if split == "train" else prompt  # half of the training prompts
-                row = {"pair_id": f"{split}-{asked}-{k}", "prompt_id": f"{split}-{asked}"}
-                row |= {"objective": objective, "split": split, "prompt": f'[{{"asked": {asked}}}]'}
-                rows.append(row | {"chosen": two if turned else one, "rejected": one if turned else two})
+                turned = place == 1 and (k == 1 if split == "eval" else number % 3 == 0)
+                texts = [f"{prompt} {k} {which}" for which in (("two", "one") if turned else ("one", "two"))]
+                row = {"pair_id": f"{prompt}-{k}", "prompt_id": prompt, "objective": objective}
+                rows.append(row | {"split": split, "prompt": "[]", "chosen": texts[0], "rejected": texts[1]})
     return pd.DataFrame(rows)
 
 
@@ -176,10 +175,11 @@ def _scores(study: Planted, chain: Chain, seed: int, rng: np.random.Generator) -
     base, before = study.records[seed, BASE], study.records.get((seed, str(chain.parent)))
     scored = base[base["split"] != "probe"].reset_index(drop=True).assign(checkpoint=str(chain))
     margin = np.full(len(scored), 50.0)
+    shared = np.random.default_rng(300 + list(MARGINS).index(str(chain)))  # what both seeds do to a prompt
     for objective, means in MARGINS[str(chain)].items():
         rows = ((scored["objective"] == objective) & (scored["split"] == "eval")).to_numpy()
         prompts = scored.loc[rows, "prompt_id"].astype("category").cat.codes.to_numpy()
-        off = rng.normal(0, 0.35, len(PAIRS_OF_PROMPT))[prompts] + rng.normal(0, 0.2, rows.sum())
+        off = shared.normal(0, 0.35, len(PAIRS_OF_PROMPT))[prompts] + rng.normal(0, 0.2, rows.sum())
         if before is not None and objective in chain.stages[0].objectives:
             off = 0.3 * off + KEPT[str(chain)] * _margin(before, base, rows)
         margin[rows] = means[seed] + off - off.mean()

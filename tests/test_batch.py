@@ -60,10 +60,17 @@ def test_defaults_of_every_notebook_are_the_classroom_values(root):
     flat = next(each for each in everything if each.setting == "distributional_conflict").model_dump()
     flat |= {"chains": params.chosen_chains(root, everything, designs=["both_orders"])}
     files = sorted((root / "notebooks").glob("*.ipynb"))
-    assert len(files) == 8
+    assert len(files) == 12
+    flat["controls"] = []
     for file in files:
         flat["chain"] = "helpful" if file.name.startswith("02") else "helpful-then-harmless"
         declared = parameters_cell(file)
+        if file.name[:2] >= "09":  # compares the chains of a design of its own, perhaps of one setting
+            own = declared.pop("chains")
+            for each in everything:
+                for chain in own.get(each.setting, []):
+                    params.for_chain(root, each, chain)
+            declared |= {"chains": flat["chains"]}
         assert declared == {name: flat[name] for name in declared}, file.name
         assert declared.keys() == notebooks.notebook_parameters(file, flat).keys()
         seen = papermill.inspect_notebook(str(file))

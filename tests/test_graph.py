@@ -72,12 +72,12 @@ def test_a_design_brings_its_notebook_and_chains_know_their_controls(project):
     )
     assert said.returncode == 0, said.stderr[-3000:]
     lines = (said.stdout + said.stderr).splitlines()
-    words = [shlex.split(line) for line in lines if "seqdpo_utils notebook" in line]
+    words = [shlex.split(line.partition("command: ")[2]) for line in lines if "seqdpo_utils notebook" in line]
     given = {line[5]: json.loads(line[line.index("--parameters") + 1]) for line in words}
     assert given["runs/smoke/summary/notebooks/09_controls.ipynb"]["chains"] == {PKU: chains}
     for name in ("04_evaluation", "06_mechanistic_diagnostics"):
         page = f"runs/smoke/{PKU}/{{}}/seed-0/notebooks/{name}.ipynb"
-        assert given[page.format(chains[0])]["controls"] == sorted(chains[1:], reverse=True)
+        assert given[page.format(chains[0])]["controls"] == sorted(chains[1:])
         assert given[page.format(chains[2])]["controls"] == []
     assert "experiment" not in jobs(project, {PKU: chains})
 
