@@ -17,7 +17,7 @@ import pytest
 from planted import ALPHA, BACK, BASE, BETA, CHAINS, FORTH, OBJECTIVES, RANK, SEEDS, SHAM
 from scipy import optimize, stats
 
-from seqdpo_utils import metrics, models, redistribution, rivals, stages, verdicts
+from seqdpo_utils import metrics, models, params, redistribution, rivals, stages, verdicts
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.paths import read_table
@@ -113,12 +113,17 @@ def triple(row: pd.Series, name: str) -> list[float]:
 
 
 def near(row: pd.Series, name: str, values: Iterable, prompts: np.ndarray, share: float = 0.125) -> None:
-    """The number is the mean to the last digits; its bounds are ours up to a share of the interval."""
+    """The number is the mean to the last digits; its bounds are ours up to a share of the interval.
+
+    Of a share of pairs, which is far from normal where nearly all or none have won, draws are taken.
+    """
     values = np.asarray(values, dtype=float)
     bounds, (found, *theirs) = interval(values, prompts), triple(row, name)
     if np.isin(values, (0, 0.5, 1)).all() and values.any():
-        bounds = bounds.clip(0, 1)
-    assert found == pytest.approx(values.mean(), abs=1e-9), (name, found, values.mean())
+        away = wider(len(set(prompts))) * (values - values.mean()) / len(values)
+        won = values.mean() + np.array([away[at].sum() for at in resampled(prompts, 400)])
+        bounds = np.quantile(won.clip(0, 1), [0.025, 0.975])
+    assert found == pytest.approx(values.mean(), abs=1e-9), name
     assert theirs == pytest.approx(bounds, abs=share * np.ptp(bounds) + 1e-9), name
 
 
@@ -169,11 +174,11 @@ def test_the_stage_matrix(study, chain, seed):
         gained, own = margin(study, seed, node, objective), policy(study, seed, node, objective)
         near(row, "margin", gained, prompts)
         near(row, "policy_margin", own, prompts)
-        near(row, "policy_accuracy", own > 0, prompts, 0.25)
+        near(row, "policy_accuracy", own > 0, prompts, 0.2)
         if node == BASE:
             assert pd.isna(row["relative_accuracy"])
         else:
-            near(row, "relative_accuracy", gained > 0, prompts, 0.25)
+            near(row, "relative_accuracy", gained > 0, prompts, 0.2)
 
 
 @every_run
@@ -474,7 +479,7 @@ def test_displaced_likelihood_and_drift(study, chain, seed):
         moved = now - was
         for side in SIDES:
             near(row, side, moved[f"{side}_logp"], asked(study, objective))
-        near(row, "both_fell", (moved < 0).all(axis=1), asked(study, objective), 0.25)
+        near(row, "both_fell", (moved < 0).all(axis=1), asked(study, objective), 0.2)
     last = table.loc[(first, first, chain)]
     sentence = "chosen {}, rejected {} nats; both".format(*(told(triple(last, side), 1) for side in SIDES))
     assert f"{sentence} fell in {last['both_fell']:.0%} of the pairs." in page.text
@@ -501,8 +506,8 @@ def test_length_foretells_as_much_as_is_there(study, chain, seed):
         assert rank == pytest.approx(stats.spearmanr(longer, moved)[0])
         ranks = (stats.spearmanr(longer.iloc[at], moved.iloc[at])[0] for at in resampled(prompts, 100))
         assert close(bounds, spread(ranks, np.array(0.0)))
-        near(row, "longer_chosen", (longer > 0) + 0.5 * (longer == 0), prompts, 0.25)
-        near(row, "policy_accuracy", own > 0, prompts, 0.25)
+        near(row, "longer_chosen", (longer > 0) + 0.5 * (longer == 0), prompts, 0.2)
+        near(row, "policy_accuracy", own > 0, prompts, 0.2)
     row = table.loc[first]
     sentence = f"{planted.PAIRS} {first} pairs: rank correlation {told(triple(row, 'spearman'))}; "
     sentence += f'"the longer one" is right in {row["longer_chosen"]:.0%}, the model in '
@@ -548,6 +553,17 @@ def test_a_later_stage_looks_back_at_the_earlier_objective(study, monkeypatch):
             base = study.records[0, BASE].set_index(["objective", "split"]).loc[(objective, split)]
             assert rows["pair_id"] == base["pair_id"].tolist()
             assert rows["ref_chosen_logps"] == base["chosen_logp"].tolist()
+
+
+def test_the_optimiser_is_told_what_the_parameters_say(tmp_path):
+    given = params.resolve(planted.ROOT, scale="smoke", setting=planted.SETTING)
+    odd = {"max_grad_norm": 0.37, "learning_rate": 0.0123, "epochs": 3, "beta": 0.41, "label_smoothing": 0.07}
+    config = stages.dpo_config(given.model_copy(update=odd), pairs=8, output_dir=tmp_path)
+    found = {
+        name: getattr(config, name) for name in ("max_grad_norm", "learning_rate", "beta", "label_smoothing")
+    }
+    assert found | {"epochs": config.num_train_epochs} == odd
+    assert config.weight_decay == 0, "what was learned must not fade of itself"
 
 
 @pytest.fixture
@@ -920,6 +936,15 @@ def test_five_worlds_are_told_apart(name):
         line = redistribution.kept_line(runs, crossed=crossed, **options)
         told_of += [redistribution.loss_pattern(line, learned=1.0)["pattern"]]
     assert tuple(told_of) == WORLDS[name], told_of
+
+
+def test_what_fell_was_not_learned_and_has_no_retention():
+    """A gain clearly below zero: its ratio to what is left would be a number, and mean nothing."""
+    runs, rng = world("uniform shift"), np.random.default_rng(0)
+    fell = runs.assign(margin=-runs["margin"])
+    found = metrics.transfer(fell, A_THEN_B, ["a"], resamples=100, rng=rng).set_index("quantity")
+    assert found.loc["learned", "high"] < 0 and pd.isna(found.loc["retention", "value"])
+    assert found.loc["retention", "note"].startswith("undefined: stage 1 did not learn")
 
 
 def test_drift_shows_in_the_probabilities_and_nowhere_else():
