@@ -302,8 +302,15 @@ def decidable_in_words(typical: pd.DataFrame, *, prompts: int, seeds: int) -> li
 
 
 def _at_best(typical: pd.DataFrame, seeds: int) -> tuple[pd.DataFrame, str]:
-    """Several seeds whose spread was not measured are taken as alike: what they decide at best."""
-    if seeds > 1 and typical["run_sd"].isna().all():
+    """The spreads as a study of so many seeds has them.
+
+    Several seeds whose spread was not measured are taken as alike: what they decide at best. With one seed,
+    what one run does to one prompt is part of the spread over prompts.
+    """
+    if seeds == 1:
+        rest = typical["rest_sd"].fillna(0.0)
+        return typical.assign(prompt_sd=np.hypot(typical["prompt_sd"], rest), rest_sd=0.0), ""
+    if typical["run_sd"].isna().all():
         return typical.fillna({"run_sd": 0.0}), "at best, were all runs alike, "
     return typical, ""
 

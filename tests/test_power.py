@@ -287,4 +287,12 @@ def test_the_shipped_spreads_have_every_quantity():
     typical, measured = power.shipped()
     wanted = {"learned", "backward", "over_lower", "over_upper", "order", "within", "matched"}
     assert set(typical.index) == wanted and "classroom" in measured
-    assert (typical["prompt_sd"] > 0).all() and typical.loc["learned", "mean"] > 0
+    assert (typical[["prompt_sd", "rest_sd"]].sum(axis=1) > 0).all() and typical.loc["learned", "mean"] > 0
+
+
+def test_one_seed_has_the_spread_of_one_run_also_where_several_were_measured():
+    """What one run does to a prompt is then in the spread over prompts: 3-4-5."""
+    several = pd.DataFrame({"prompt_sd": [3.0, 0.5], "rest_sd": [4.0, np.nan], "run_sd": [9.0, np.nan]})
+    one, told = power._at_best(several, 1)
+    assert one["prompt_sd"].tolist() == [5.0, 0.5] and one["rest_sd"].eq(0).all() and told == ""
+    assert power._at_best(several, 3)[0]["prompt_sd"].tolist() == [3.0, 0.5]
