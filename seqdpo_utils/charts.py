@@ -18,6 +18,7 @@ from pandas.io.formats.style import Styler
 from seqdpo_utils.chains import AGAIN, SHUFFLED, THEN
 from seqdpo_utils.dial import NEW, SEEN
 from seqdpo_utils.ledger import PARTS
+from seqdpo_utils.metrics import bounds
 
 Figure = alt.TopLevelMixin
 Names = Sequence[str]
@@ -160,6 +161,15 @@ def _ghosted(table: pd.DataFrame, by: str, colours: Labels) -> tuple[pd.DataFram
     return drawn, {"xOffset": shift, "color": colour}
 
 
+def _stacked(table: pd.DataFrame, names: Labels, measure: str, what: str) -> pd.DataFrame:
+    """Columns with bounds below one another as `measure`; `names` tell them apart in a column `what`."""
+    parts = []
+    for column, name in names.items():
+        columns = dict(zip(bounds(column), bounds(measure), strict=True))
+        parts.append(table.rename(columns=columns).assign(**{what: name}))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _steps(title: str) -> alt.X:
     return alt.X("step:Q", axis=alt.Axis(tickMinStep=1), title=title)
 
@@ -296,10 +306,9 @@ def displaced_likelihood(table: pd.DataFrame, *, objectives: Names, labels: Labe
         caption: what the figures say.
     """
     ends = table.rename(columns={"to_checkpoint": "checkpoint"})
-    columns = {side: {f"{side}{end}": f"change{end}" for end in ("", "_low", "_high")} for side in SIDES}
-    parts = [ends.rename(columns=columns[side]).assign(side=side) for side in SIDES]
-    drawn, slots = _ghosted(pd.concat(parts, ignore_index=True), "side", SIDES)
-    kept = ["objective", "checkpoint", "shown", "slot", "change", "change_low", "change_high"]
+    sides = _stacked(ends, {side: side for side in SIDES}, "change", "side")
+    drawn, slots = _ghosted(sides, "side", SIDES)
+    kept = ["objective", "checkpoint", "shown", "slot", *bounds("change")]
     base, width = _by_checkpoint(drawn[kept], labels)
     base = base.encode(**slots)
     panel = _intervals(base, "change", title="change of summed log-probability (nats)")
@@ -351,34 +360,44 @@ def margins_by_stage(
     return _finish(chart, question, caption, shows=shows, size=(width, 240))
 
 
-def _dots(table: pd.DataFrame, x: str, y: str, *, colour: str, names: Labels, title: str) -> alt.Chart:
-    """Pairs as dots by two columns, close ones of one colour as one larger dot."""
+def _dots(
+    table: pd.DataFrame, axes: Mapping[str, str], *, colour: str, names: Labels, title: str
+) -> alt.LayerChart:
+    """Pairs as dots by two columns, close ones of one colour as one larger dot; controls as rings behind.
+
+    `axes`: the column across, the column upward, and what the axes call them.
+    """
+    x, y = axes
     low, high = table[[x, y]].min(), table[[x, y]].max()
     cells = (table[[x, y]] - low) / (high - low).clip(lower=1e-12) * SCATTER_CELLS
-    groups = table.assign(pairs=1).join(cells.astype(int).add_suffix(" cell"))
-    groups = groups.groupby([f"{x} cell", f"{y} cell", colour])
-    dots = groups.agg({x: "mean", y: "mean", "pairs": "sum"}).reset_index()[[x, y, colour, "pairs"]]
+    control = table.get("control", pd.Series("", table.index))
+    kept = [x, y, colour, "control", "pairs"]
+    groups = table.assign(pairs=1, control=control).join(cells.astype(int).add_suffix(" cell"))
+    groups[colour] = groups[colour].where(control == "", "")
+    groups = groups.groupby([f"{x} cell", f"{y} cell", colour, "control"])
+    dots = groups.agg({x: "mean", y: "mean", "pairs": "sum"}).reset_index()[kept]
     most = int(dots["pairs"].max())
     sizes = alt.Scale(type="sqrt", range=[45, 400], domain=[1, max(10, most)])
     legend = alt.Legend() if most > 1 else None
-    return (
-        alt.Chart(dots)
-        .mark_circle(opacity=0.85)
-        .encode(
-            size=alt.Size("pairs:Q", scale=sizes, title="pairs in a dot", legend=legend),
-            color=_colour(colour, names, title=title),
-        )
-    )
+    own, others = (alt.Chart(dots[dots["control"].eq("") == chosen]) for chosen in (True, False))
+    layers = [own.mark_circle(opacity=0.85).encode(color=_colour(colour, names, title=title))]
+    if kinds := [kind for kind in control.unique() if kind]:
+        greys = alt.Scale(domain=kinds, range=[GHOSTS[kind] for kind in kinds])
+        rings = others.mark_point(strokeWidth=1.5).encode(stroke=alt.Stroke("control:N", scale=greys))
+        layers.insert(0, rings)
+    size = alt.Size("pairs:Q", scale=sizes, title="pairs in a dot", legend=legend)
+    at = [alt.X(f"{x}:Q", title=axes[x]), alt.Y(f"{y}:Q", title=axes[y])]
+    return alt.layer(*layers).encode(*at, size=size)
 
 
 def pair_scatter(changes: pd.DataFrame, *, before: str, after: str, caption: str) -> Figure:
-    """Change of each pair's policy margin over where it began; on the line at zero nothing changed."""
+    """Change of each pair's policy margin over where it began; on the line at zero nothing changed.
+
+    Rows with a `control` are rings behind, in grey.
+    """
     names = {"gained": POSITIVE, "same": PALE, "lost": NEGATIVE}
-    points = _dots(changes, "before", "change", colour="reordered", names=names, title="order of answers")
-    points = points.encode(
-        x=alt.X("before:Q", title=f"policy margin at {before} (nats per token)"),
-        y=alt.Y("change:Q", title=f"change of it to {after}"),
-    )
+    axes = {"before": f"policy margin at {before} (nats per token)", "change": f"change of it to {after}"}
+    points = _dots(changes, axes, colour="reordered", names=names, title="order of answers")
     shows = "Scatter plot of the change of each held-out pair's policy margin over its value before."
     return _finish(_zero("y") + points, "Which pairs moved?", caption, shows=shows, size=(360, 280))
 
@@ -387,16 +406,15 @@ def two_margins(changes: pd.DataFrame, *, at: str, caption: str) -> Figure:
     """Both margins of each pair at one checkpoint; lines at zero part four corners.
 
     Args:
-        changes: `margin_after`, `after`, and `crossed` from `redistribution.crossed_zero`.
+        changes: `margin_after`, `after`, and `crossed` from `redistribution.crossed_zero`; rows with a
+            `control` are rings behind, in grey.
         at: the checkpoint's label.
         caption: what the figure says.
     """
     names = {"neither": PALE, "policy margin": POSITIVE, "DPO margin": NEGATIVE, "both": INK}
-    points = _dots(changes, "margin_after", "after", colour="crossed", names=names, title="changed sign")
-    points = points.encode(
-        x=alt.X("margin_after:Q", title=f"DPO margin at {at}: summed, less the base's"),
-        y=alt.Y("after:Q", title=f"policy margin at {at} (nats per token)"),
-    )
+    axes = {"margin_after": f"DPO margin at {at}: summed, less the base's"}
+    axes |= {"after": f"policy margin at {at} (nats per token)"}
+    points = _dots(changes, axes, colour="crossed", names=names, title="changed sign")
     chart, shows = _zero("x") + _zero("y") + points, "Scatter plot of each held-out pair's two margins."
     return _finish(chart, "Do the two margins say the same?", caption, shows=shows, size=(360, 280))
 
@@ -416,21 +434,19 @@ def kept_of_learned(
     """
     colours = {name: OBJECTIVE_COLOURS[k % len(OBJECTIVE_COLOURS)] for k, name in enumerate(objectives)}
     colours = {name: colours[name] for name in changes["objective"].unique()}
-    title, both = "held-out pairs of", ["margin_before", "margin_after"]
-    points = _dots(changes, *both, colour="objective", names=colours, title=title)
-    points = points.encode(
-        x=alt.X("margin_before:Q", title=f"learned: DPO margin at {before}"),
-        y=alt.Y("margin_after:Q", title=f"kept: DPO margin at {after}"),
-    )
-    ghosts = (
-        alt.Chart(lines[lines["control"] != ""])
-        .mark_line(strokeWidth=1.5, strokeDash=[6, 2])
-        .encode(x="learned:Q", y="kept:Q", color=alt.value(GREY), detail=["objective:N", "control:N"])
-    )
+    title = "held-out pairs of"
+    axes = {
+        "margin_before": f"learned: DPO margin at {before}",
+        "margin_after": f"kept: DPO margin at {after}",
+    }
+    points = _dots(changes, axes, colour="objective", names=colours, title=title)
+    others = alt.Chart(lines[lines["control"] != ""]).mark_line(strokeWidth=1.5, strokeDash=[6, 2])
+    apart = ["objective:N", "control:N"]
+    ghosts = others.encode(x="learned:Q", y="kept:Q", color=alt.value(GREY), detail=apart)
     own = alt.Chart(lines[lines["control"] == ""])
     fitted = own.encode(x="learned:Q", color=_colour("objective", colours, title=title))
     band = fitted.mark_area(opacity=0.2).encode(y="kept_low:Q", y2="kept_high:Q")
-    ends = alt.Chart(pd.DataFrame({"x": [changes[both[0]].min(), changes[both[0]].max()]}))
+    ends = alt.Chart(pd.DataFrame({"x": [changes["margin_before"].min(), changes["margin_before"].max()]}))
     diagonal = ends.mark_line(color=INK, strokeDash=[2, 2]).encode(x="x:Q", y="x:Q")
     chart = _zero("y") + band + diagonal + ghosts + fitted.mark_line().encode(y="kept:Q") + points
     shows = "Scatter plot of the DPO margin kept over that learned, a line with its band, and the diagonal."
@@ -496,11 +512,9 @@ def retention_overview(table: pd.DataFrame, *, caption: str) -> Figure:
     colours = {name: _stage_colour(k) for k, name in enumerate(stages, start=1)}
     colours |= {name: grey for name, grey in GHOSTS.items() if table["after"].eq(name).any()}
     after = list(colours)
-    base = alt.Chart(table[["label", "after", "margin", "margin_low", "margin_high"]]).encode(
-        y=alt.Y("label:N", sort=chains, title=None, axis=alt.Axis(labelLimit=420)),
-        yOffset=alt.YOffset("after:N", sort=after),
-        color=_colour("after", colours, title="margin after"),
-    )
+    y = alt.Y("label:N", sort=chains, title=None, axis=alt.Axis(labelLimit=420))
+    slot, colour = alt.YOffset("after:N", sort=after), _colour("after", colours, title="margin after")
+    base = alt.Chart(table[["label", "after", *bounds("margin")]]).encode(y=y, yOffset=slot, color=colour)
     chart = _intervals(base, "margin", title="held-out margin of the first objective", axis="x")
     shows = "Held-out margin of the first objective after each stage, with 95 % intervals."
     question, size = "What became of the first objective?", (WIDTH - 140, alt.Step(20))
@@ -537,7 +551,9 @@ def dial_panels(table: pd.DataFrame, *, caption: str) -> Figure:
         table: from `dial.calibrate`.
         caption: what the figure says.
     """
-    kept = ["instrument", "pairs", "share", "value", "value_low", "value_high", "fitted", "label"]
+    kept = ["instrument", "pairs", "share", *bounds("value"), "fitted", "label"]
+    axis = alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format="%", labelAngle=0)
+    x = alt.X("share:Q", scale=alt.Scale(domain=[0, 1.5]), axis=axis, title="labels turned")
     colour = _colour("pairs", {NEW: STAGE_COLOURS[2], SEEN: GREY}, legend="bottom")
     parts = []
     for (setting, objective), rows in table.groupby(["setting", "objective"], sort=False):
@@ -546,7 +562,7 @@ def dial_panels(table: pd.DataFrame, *, caption: str) -> Figure:
         others = others.assign(pairs="", share=1.1, label=label)[label != ""]
         aside = rows["share"] + 0.03 * (rows["pairs"] == SEEN)  # so that neither hides the other
         shown = pd.concat([rows.assign(share=aside, label="")[rows["share"].notna()], others])[kept]
-        base = alt.Chart(shown).encode(x=_shares())
+        base = alt.Chart(shown).encode(x=x)
         dial = base.transform_filter(alt.datum.pairs != "").encode(color=colour)
         scale = dial.mark_line(opacity=0.5).encode(y="fitted:Q")
         ticks = base.transform_filter(alt.datum.label != "").encode(y="value:Q")
@@ -561,11 +577,6 @@ def dial_panels(table: pd.DataFrame, *, caption: str) -> Figure:
     return _finish(alt.vconcat(*parts), "Which instrument sees which share?", caption, shows=shows)
 
 
-def _shares() -> alt.X:
-    axis = alt.Axis(values=[0, 0.25, 0.5, 0.75, 1], format="%", labelAngle=0)
-    return alt.X("share:Q", scale=alt.Scale(domain=[0, 1.5]), axis=axis, title="labels turned")
-
-
 def ledger_parts(table: pd.DataFrame, *, caption: str) -> Figure:
     """Direction, curvature and measured change of an earlier loss, with intervals; controls in grey.
 
@@ -574,13 +585,10 @@ def ledger_parts(table: pd.DataFrame, *, caption: str) -> Figure:
         caption: what the ledger says.
     """
     names = dict(zip(PARTS, ("direction", "curvature", "measured"), strict=True))
-    parts = []
-    for part, name in names.items():
-        columns = {f"{part}{end}": f"change{end}" for end in ("", "_low", "_high")}
-        parts.append(table.rename(columns=columns).assign(part=name, stage="this chain"))
-    drawn, slots = _ghosted(pd.concat(parts, ignore_index=True), "stage", {"this chain": STAGE_COLOURS[2]})
+    parts = _stacked(table.assign(stage="this chain"), names, "change", "part")
+    drawn, slots = _ghosted(parts, "stage", {"this chain": STAGE_COLOURS[2]})
     drawn = drawn.assign(split=drawn["split"].map(EARLIER))
-    kept = ["split", "part", "shown", "slot", "change", "change_low", "change_high"]
+    kept = ["split", "part", "shown", "slot", *bounds("change")]
     x = alt.X("part:N", sort=list(names.values()), title=None, axis=alt.Axis(labelAngle=0))
     base = alt.Chart(drawn[kept]).encode(x=x, **slots)
     panel = _intervals(base, "change", title="change of the earlier loss (nats)")
@@ -644,9 +652,8 @@ def plasticity_paths(points: pd.DataFrame, states: pd.DataFrame, *, caption: str
     y = alt.Y("margin:Q", title="margin of the earlier objective", scale=alt.Scale(zero=False))
     base = alt.Chart(table).encode(x=x, y=y, color=_colour("kind", colours, title="steps", legend="bottom"))
     paths = base.transform_filter("datum.mark == 0").mark_line(point=True).encode(order="point:Q")
-    marks = base.transform_filter("datum.mark == 1").mark_point(
-        shape="diamond", filled=True, size=160, opacity=1
-    )
+    marks = base.transform_filter("datum.mark == 1")
+    marks = marks.mark_point(shape="diamond", filled=True, size=160, opacity=1)
     names = alt.Facet("comparison:N", title=None, header=alt.Header(labelLimit=320))
     chart = (paths + marks).properties(width=WIDTH / 2 - 20, height=200).facet(facet=names, columns=2)
     shows = "Held-out margin of the earlier objective over the gain of the new one; diamonds at equal gain."
@@ -661,11 +668,9 @@ def reference_axis(states: pd.DataFrame, *, caption: str) -> Figure:
     names = {"end_gain": "gain of the new objective", "end_margin": "margin of the earlier one"}
     names |= {"margin": "the same at equal gain"}
     colours = dict(zip(names.values(), (*STAGE_COLOURS[2:0:-1], GREY), strict=True))
-    parts = []
-    for name, what in names.items():
-        columns = {f"{name}{end}": f"value{end}" for end in ("", "_low", "_high")}
-        parts.append(states[["kind", *columns]].rename(columns=columns).assign(what=what))
-    table = pd.concat(part.assign(comparison=_compared(states)) for part in parts)
+    shown = states[["kind", *bounds(*names)]].assign(comparison=_compared(states))
+    table = _stacked(shown, names, "value", "what")
+    table = table[["kind", "comparison", *bounds("value"), "what"]]
     table["l"] = table["kind"].str.removeprefix("l = ").astype(float)
     x = alt.X("l:Q", title="l (0: base, 1: stage before)", scale=alt.Scale(padding=15))
     base = alt.Chart(table).encode(x=x, color=_colour("what", colours, title=None, legend="bottom"))
@@ -674,3 +679,51 @@ def reference_axis(states: pd.DataFrame, *, caption: str) -> Figure:
     chart = panel.properties(width=WIDTH / 2 - 20, height=200).facet(facet=facet, columns=2)
     shows = "Margin of the earlier objective and gain of the new one along the reference axis."
     return _finish(chart, "Does another reference keep more?", caption, shows=shows)
+
+
+def control_curves(curves: pd.DataFrame, *, caption: str) -> Figure:
+    """Held-out margin of each aspect over the share that it was given, one panel a setting and aspect.
+
+    Args:
+        curves: from `steering.control`, with `setting`.
+        caption: what the figure says.
+    """
+    ways = dict(zip(dict.fromkeys(curves["way"]), [*STAGE_COLOURS[1:3], GREY, PALE], strict=False))
+    colour = _colour("way", ways, legend="bottom")
+    axis = alt.Axis(labelExpr="format(datum.value, '.0%')", labelAngle=0)
+    shown = curves.rename(columns={"low": "margin_low", "high": "margin_high"})
+    parts = []
+    for (setting, aspect), rows in shown.groupby(["setting", "aspect"], sort=False):
+        shift = alt.XOffset("way:N", scale=alt.Scale(domain=list(ways)))
+        base = alt.Chart(rows).encode(alt.X("share:O", axis=axis, title=f"share of {aspect}"), colour, shift)
+        line = base.mark_line(opacity=0.5).encode(y="margin:Q")
+        panel = alt.layer(line, _intervals(base, "margin", title=f"margin of {aspect}"))
+        parts.append(panel.properties(width=260, height=190, title=setting))
+    shows = "Margin of each aspect over the share it was given, by way of asking, with 95 % intervals."
+    return _finish(alt.concat(*parts, columns=2), "Does the dial turn anything?", caption, shows=shows)
+
+
+def schedule(predicted: pd.DataFrame, measured: pd.DataFrame, *, aspect: str, caption: str) -> Figure:
+    """What a learned schedule believes of each lambda at the end of its stage, over what it measured.
+
+    Args:
+        predicted: `seed`, `share`, `gain`, `gain_low`, `gain_high` along the first aspect's share.
+        measured: `seed`, `share`, `gain`, `step` of every step.
+        aspect: whose share is the axis.
+        caption: what the figure says.
+    """
+    x = alt.X("share:Q", axis=alt.Axis(format="%"), title=f"share of {aspect}")
+    data = pd.concat([predicted, measured.rename(columns={"gain": "seen"})])
+    believed = alt.Chart().transform_filter("isValid(datum.gain)")
+    layers = [
+        believed.mark_area(color=PALE, opacity=0.5).encode(x, y=alt.Y("gain_low:Q"), y2="gain_high:Q"),
+        believed.mark_line(color=INK).encode(x, y=alt.Y("gain:Q", title="gain of a step")),
+        alt.Chart()
+        .transform_filter("isValid(datum.seen)")
+        .mark_point(filled=True, size=55, opacity=1)
+        .encode(x, y="seen:Q", color=alt.Color("step:Q", scale=alt.Scale(scheme="blues"), title="step")),
+    ]
+    panels = alt.layer(*layers, data=data).properties(width=200, height=190)
+    shows = "Predicted and measured gain of a step over lambda, one panel a run."
+    facet = alt.Facet("seed:N", title="seed")
+    return _finish(panels.facet(facet=facet, columns=3), "Which lambda pays?", caption, shows=shows)

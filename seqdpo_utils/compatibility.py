@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from seqdpo_utils import contrasts, metrics
+from seqdpo_utils import metrics
 from seqdpo_utils.chains import SHUFFLED, Chain, controls
 from seqdpo_utils.conflict import corrected_cosine
+from seqdpo_utils.metrics import bounds, margins
 from seqdpo_utils.pairs import label_agreement
 from seqdpo_utils.paths import RunPaths, read_table
 from seqdpo_utils.verdicts import holm
@@ -48,29 +49,22 @@ def compatibility(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> p
         shuffled later stage; null without that control), with bounds.
     """
     rows = []
-    for setting, text in dict.fromkeys((run.setting, run.chain) for run in runs):
-        chain = Chain.parse(text)
-        if len(chain.stages) != 2 or any(len(s.objectives) > 1 or s.variants for s in chain.stages):
+    for group in metrics.over_seeds(runs):
+        setting, chain = group[0].setting, Chain.parse(group[0].chain)
+        plain = all(len(stage.objectives) == 1 and not stage.variants for stage in chain.stages)
+        if not plain or len(chain.stages) != 2 or len(chain.objectives) != 2:
             continue
-        if len(chain.objectives) < 2:
-            continue
-        group = [run for run in runs if (run.setting, run.chain) == (setting, text)]
         among = {run.chain for run in runs if run.setting == setting}
         changes = _changes(group, chain, controls(chain, among).get(SHUFFLED), beta=beta)
-        row = {"setting": setting, "chain": text, "seeds": len(group)} | _labels(group[0], chain)
+        row = {"setting": setting, "chain": str(chain), "seeds": len(group)} | _labels(group[0], chain)
         row["gradients"] = first_cosine(group, chain.earlier[0])
         rng = np.random.default_rng(0)
         for name, table in changes.items():
-            drawn = metrics.estimates(table, [name], resamples=resamples, rng=rng)[:, 0]
-            row |= dict(zip(_bounds(name), [drawn[0], *metrics.interval(drawn[1:])], strict=True))
+            row |= metrics.estimated(table, [name], resamples=resamples, rng=rng)
         rows.append(row)
-    numbers = ["agreement", *_bounds("forward"), "gradients", *_bounds("backward"), *_bounds("due")]
+    numbers = ["agreement", *bounds("forward"), "gradients", *bounds("backward", "due")]
     columns = ["setting", "chain", "seeds", "shared", *numbers]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(numbers, "Float64"))
-
-
-def _bounds(name: str) -> list[str]:
-    return [name, f"{name}_low", f"{name}_high"]
 
 
 def _labels(run: RunPaths, chain: Chain) -> dict[str, float]:
@@ -83,11 +77,11 @@ def _changes(
 ) -> dict[str, pd.DataFrame]:
     """Forward transfer, backward transfer and, with the control, what is due to the labels, pair by pair."""
     (first, second), parent = chain.objectives, str(chain.parent)
-    new, old = (contrasts.margins(group, name, beta=beta) for name in (second, first))
+    new, old = (margins(group, name, beta=beta) for name in (second, first))
     found = {"forward": new.assign(forward=new[parent])}
     found["backward"] = old.assign(backward=old[str(chain)] - old[parent])
     if shuffled:
-        sham = contrasts.margins([run.at(shuffled) for run in group], first, beta=beta)[shuffled]
+        sham = margins([run.at(shuffled) for run in group], first, beta=beta)[shuffled]
         found["due"] = old.assign(due=old[str(chain)] - sham)
     return found
 
@@ -138,10 +132,10 @@ def relations(table: pd.DataFrame, *, rng: np.random.Generator) -> pd.DataFrame:
 def _relation(
     part: pd.DataFrame, before: str, after: str, *, rng: np.random.Generator
 ) -> dict[str, float | bool | None]:
-    known, happened = (stats.rankdata(part[name].to_numpy(dtype=float)) for name in (before, after))
-    rho = _correlation(known, happened)
-    if len(part) < LEAST or rho is None:
+    rho = _correlation(part, before, after)
+    if len(part) < LEAST or pd.isna(rho):
         return {"rho": None, "p": None, "same_sign": None}
+    known, happened = (stats.rankdata(part[name].to_numpy(dtype=float)) for name in (before, after))
     test = stats.permutation_test(
         (known - known.mean(),), lambda x, axis: (x * happened).sum(axis=axis), permutation_type="pairings",
         vectorized=True, n_resamples=PERMUTATIONS, rng=rng,
@@ -149,19 +143,17 @@ def _relation(
     return {"rho": rho, "p": float(test.pvalue), "same_sign": _same_sign(part, before, after, rho)}
 
 
-def _correlation(left: np.ndarray, right: np.ndarray) -> float | None:
-    """Spearman's rank correlation; None of fewer than three, or where one side does not vary."""
-    if len(left) < 3 or len(set(left)) < 2 or len(set(right)) < 2:
-        return None
-    return float(stats.spearmanr(left, right).statistic)
+def _correlation(part: pd.DataFrame, before: str, after: str) -> float:
+    """Spearman's rank correlation; NaN of fewer than three, or where one side does not vary."""
+    known, happened = (part[name].astype(float) for name in (before, after))
+    varies = min(known.nunique(), happened.nunique()) > 1
+    return known.corr(happened, "spearman", min_periods=3) if varies else np.nan
 
 
 def _same_sign(part: pd.DataFrame, before: str, after: str, rho: float) -> bool | None:
-    found = []
-    for setting in part["setting"].unique():
-        rest = part[part["setting"] != setting]
-        found.append(_correlation(*(rest[name].to_numpy(dtype=float) for name in (before, after))))
-    return None if None in found else all(np.sign(x) == np.sign(rho) for x in found)
+    rests = [part[part["setting"] != setting] for setting in part["setting"].unique()]
+    signs = np.sign([_correlation(rest, before, after) for rest in rests])
+    return None if np.isnan(signs).any() else bool((signs == np.sign(rho)).all())
 
 
 def _reading(row: dict) -> str:

@@ -18,15 +18,12 @@ from seqdpo_utils import metrics, redistribution
 from seqdpo_utils.chains import AGAIN, SHUFFLED, Chain, controls
 from seqdpo_utils.conflict import conflict_verdict
 from seqdpo_utils.ledger import PARTS, by_pair, with_intervals
+from seqdpo_utils.metrics import bounds, followed, over_seeds
 from seqdpo_utils.movement import whole_adapter
-from seqdpo_utils.paths import RunPaths, read_chain, read_json, read_scores, read_table
-from seqdpo_utils.verdicts import holm, p_value
+from seqdpo_utils.paths import RunPaths, read_chain, read_json, read_table
+from seqdpo_utils.verdicts import adjusted
 
 KEY = ["setting", "chain", "objective", "seed"]
-
-
-def _bounds(*names: str) -> list[str]:
-    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
 
 
 def _table(rows: list[dict[str, Any]], *, numbers: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
@@ -38,36 +35,8 @@ def _key(run: RunPaths, objective: str) -> dict[str, Any]:
     return {"setting": run.setting, "chain": run.chain, "objective": objective, "seed": run.seed}
 
 
-def _measures(group: Sequence[RunPaths], *, beta: float) -> pd.DataFrame:
-    """The measures of one chain at all its checkpoints, with the `seed` of each run."""
-    parts = [metrics.pair_measures(read_scores(run), beta=beta).assign(seed=run.seed) for run in group]
-    return pd.concat(parts, ignore_index=True)
-
-
-def margins(group: Sequence[RunPaths], objective: str, *, beta: float) -> pd.DataFrame:
-    """Held-out DPO margins of one chain over its runs.
-
-    Returns:
-        `prompt_id` and a column a checkpoint of the chain ("base", ...), indexed by `seed` and `pair_id`, so
-        that chains are compared pair by pair and run by run.
-    """
-    return metrics.wide_margins(_measures(group, beta=beta), objective)
-
-
-def _followed(runs: Iterable[RunPaths]) -> Iterator[tuple[RunPaths, Chain, str]]:
-    """Every chain of at least two stages, with each objective of its first stage."""
-    for run in runs:
-        chain = Chain.parse(run.chain)
-        for objective in chain.stages[0].objectives if chain.parent else ():
-            yield run, chain, objective
-
-
-def _grouped(runs: Sequence[RunPaths], together: bool) -> Iterator[tuple[list[RunPaths], Chain, str]]:
-    """The same by runs, or, `together`, by the runs of all seeds of a chain."""
-    for run, chain, objective in _followed(runs):
-        group = [other for other in runs if replace(other, seed=run.seed) == run] if together else [run]
-        if group[0] == run:
-            yield group, chain, objective
+def _sizes(group: Sequence[RunPaths], wide: pd.DataFrame) -> dict[str, int]:
+    return {"seeds": len(group), "n_prompts": wide["prompt_id"].nunique()}
 
 
 def _rows_of(file: Path, objective: str) -> pd.DataFrame:
@@ -96,7 +65,7 @@ def ends(runs: Sequence[RunPaths]) -> pd.DataFrame:
         trained = Chain.parse(run.chain).objectives
         for row in read_table(run.table("stage_matrix")).query("checkpoint == @run.chain").to_dict("records"):
             rows.append(row | _key(run, row["objective"]) | {"trained": row["objective"] in trained})
-    return _table(rows, others=["trained", "n_pairs", "n_prompts"], numbers=_bounds("margin"))
+    return _table(rows, others=["trained", "n_pairs", "n_prompts"], numbers=bounds("margin"))
 
 
 def first_objectives(runs: Sequence[RunPaths]) -> pd.DataFrame:
@@ -107,7 +76,7 @@ def first_objectives(runs: Sequence[RunPaths]) -> pd.DataFrame:
         `n_prompts`, `margin` with bounds.
     """
     rows = []
-    for run, chain, objective in _followed(runs):
+    for (run,), chain, objective in followed([run] for run in runs):
         stages = ", then ".join(map(str, chain.stages))
         inside = f"{objective} in " if len(chain.stages[0].objectives) > 1 else ""
         key = _key(run, objective) | {"label": f"{run.setting}: {inside}{stages} (seed {run.seed})"}
@@ -116,7 +85,7 @@ def first_objectives(runs: Sequence[RunPaths]) -> pd.DataFrame:
             place = {"after": f"stage {number}", "checkpoint": checkpoint}
             rows.append(matrix.loc[checkpoint].to_dict() | key | place)
     others = ["label", "after", "checkpoint", "n_pairs", "n_prompts"]
-    return _table(rows, others=others, numbers=_bounds("margin"))
+    return _table(rows, others=others, numbers=bounds("margin"))
 
 
 def fates(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
@@ -127,7 +96,7 @@ def fates(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFr
         bounds; `churn` (share of pairs whose answers changed places after stage 1) and `excess_churn_low`
         (null with one seed).
     """
-    return _fates(runs, False, beta, resamples)
+    return _fates([[run] for run in runs], beta, resamples)
 
 
 def fates_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
@@ -137,24 +106,23 @@ def fates_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -
         As `fates`, without `seed`; the p-value of each contrast that decides (`learned_p`, ...), adjusted
         over the rows (Holm), and `outcome_holm`: the outcome where only contrasts with p <= .05 decide.
     """
-    table = _fates(runs, True, beta, resamples).drop(columns="seed")
+    table = _fates(over_seeds(runs), beta, resamples).drop(columns="seed")
     held = table.copy()
     for name in metrics.DECIDING:
-        table[f"{name}_p"] = adjusted(table, name)
-        bounds = _bounds(name)[1:]
-        held[bounds] = held[bounds].where(table[f"{name}_p"] <= 0.05, 0.0)  # a bound of zero decides nothing
+        table[f"{name}_p"], ends = adjusted(table, name), bounds(name)[1:]
+        held[ends] = held[ends].where(table[f"{name}_p"] <= 0.05, 0.0)  # a bound of zero decides nothing
     return table.assign(outcome_holm=_outcomes(held))
 
 
-def _fates(runs: Sequence[RunPaths], together: bool, beta: float, resamples: int) -> pd.DataFrame:
-    rows = []
-    for group, chain, objective in _grouped(runs, together):
+def _fates(groups: Sequence[list[RunPaths]], beta: float, resamples: int) -> pd.DataFrame:
+    rows, runs = [], [run for group in groups for run in group]
+    for group, chain, objective in followed(groups):
         names = read_table(group[0].table("transfer"))["objective"].unique()
-        measures, rng = _measures(group, beta=beta), np.random.default_rng(group[0].seed)
+        measures, rng = metrics.measures_of(group, beta=beta), np.random.default_rng(group[0].seed)
         found = metrics.transfer(measures, chain, names, resamples=resamples, rng=rng)
         row = _key(group[0], objective) | metrics.fate(found, chain, objective)
         rows.append(row | _churn(group, runs, objective, resamples))
-    numbers = [*_bounds(*metrics.FATE, "later"), "churn", "excess_churn_low"]
+    numbers = [*bounds(*metrics.FATE, "later"), "churn", "excess_churn_low"]
     table = _table(rows, others=["later_objective", "seeds", "n_prompts"], numbers=numbers)
     table.insert(len(KEY), "outcome", _outcomes(table))
     return table
@@ -163,13 +131,6 @@ def _fates(runs: Sequence[RunPaths], together: bool, beta: float, resamples: int
 def _outcomes(fates: pd.DataFrame) -> list[str]:
     rows = fates.to_dict("records")
     return [metrics.outcome(row, excess_churn_low=row["excess_churn_low"]) for row in rows]
-
-
-def adjusted(table: pd.DataFrame, name: str) -> np.ndarray:
-    """p-values of a column of means, adjusted over the rows; several seeds count as few as they are."""
-    units = table["n_prompts"].where(table["seeds"] == 1, table[["n_prompts", "seeds"]].min(axis=1))
-    bounds = (table[bound].to_numpy(dtype=float) for bound in _bounds(name))
-    return holm(p_value(*bounds, df=units.to_numpy(dtype=float) - 1))
 
 
 def _churn(group: list[RunPaths], runs: Sequence[RunPaths], objective: str, resamples: int) -> dict[str, Any]:
@@ -183,9 +144,8 @@ def _churn(group: list[RunPaths], runs: Sequence[RunPaths], objective: str, resa
             changes["excess"] = changes["churn"] - (right != (other.reindex(changes.index) > 0))
         parts.append(changes)
     table, rng = pd.concat(parts), np.random.default_rng(group[0].seed)
-    means = metrics.estimates(table, ["churn", "excess"], resamples=resamples, rng=rng)
-    sizes = {"seeds": len(group), "n_prompts": table["prompt_id"].nunique()}
-    return sizes | {"churn": means[0, 0], "excess_churn_low": metrics.interval(means[1:, 1])[0]}
+    means = metrics.estimated(table, ["churn", "excess"], resamples=resamples, rng=rng)
+    return _sizes(group, table) | {"churn": means["churn"], "excess_churn_low": means["excess_low"]}
 
 
 def order_effect(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
@@ -197,34 +157,32 @@ def order_effect(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd
         The key (`chain`: the one that trains the objective first), `seeds` (1), `n_prompts`, `trained_first`,
         `trained_last` (mean final margins), `difference` with bounds (paired bootstrap).
     """
-    return _orders(runs, False, beta, resamples)
+    return _orders([[run] for run in runs], beta, resamples)
 
 
 def order_over_seeds(runs: Sequence[RunPaths], *, beta: float, resamples: int) -> pd.DataFrame:
     """The same over all seeds of a chain, without `seed`; `difference_p` is adjusted over the rows (Holm)."""
-    table = _orders(runs, True, beta, resamples).drop(columns="seed")
+    table = _orders(over_seeds(runs), beta, resamples).drop(columns="seed")
     return table.assign(difference_p=adjusted(table, "difference"))
 
 
-def _orders(runs: Sequence[RunPaths], together: bool, beta: float, resamples: int) -> pd.DataFrame:
-    rows, numbers = [], ["trained_first", "trained_last", *_bounds("difference")]
-    for group, chain, objective in _grouped(runs, together):
+def _orders(groups: Sequence[list[RunPaths]], beta: float, resamples: int) -> pd.DataFrame:
+    rows, means = [], ["trained_first", "trained_last", "difference"]
+    runs = [run for group in groups for run in group]
+    for group, chain, objective in followed(groups):
         mirror = Chain(chain.stages[::-1])
         both = [run for run in group if run.at(mirror) in runs]
         plain = not any(stage.variants for stage in chain.stages)
         if not both or not plain or objective in chain.last.objectives:
             continue
-        ends = []
-        for sides in (both, [run.at(mirror) for run in both]):
-            margins = metrics.wide_margins(_measures(sides, beta=beta), objective)
-            ends.append(margins.rename(columns={sides[0].chain: "end"})[["prompt_id", "end"]])
-        wide = ends[0].assign(last=ends[1]["end"], gap=ends[1]["end"] - ends[0]["end"])
+        wide = metrics.margins(both, objective, beta=beta).rename(columns={str(chain): means[0]})
+        last = metrics.margins([run.at(mirror) for run in both], objective, beta=beta)
+        wide[means[1]] = last[str(mirror)]
+        wide[means[2]] = wide[means[1]] - wide[means[0]]
         rng = np.random.default_rng(both[0].seed)
-        means = metrics.estimates(wide, ["end", "last", "gap"], resamples=resamples, rng=rng)
-        row = _key(both[0], objective) | {"seeds": len(both), "n_prompts": wide["prompt_id"].nunique()}
-        values = [*means[0], *metrics.interval(means[1:, 2])]
-        rows.append(row | dict(zip(numbers, values, strict=True)))
-    return _table(rows, others=["seeds", "n_prompts"], numbers=numbers)
+        found = metrics.estimated(wide, means, resamples=resamples, rng=rng)
+        rows.append(_key(both[0], objective) | _sizes(both, wide) | found)
+    return _table(rows, others=["seeds", "n_prompts"], numbers=[*means[:2], *bounds(means[2])])
 
 
 def quartile_contrast(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame:
@@ -238,17 +196,15 @@ def quartile_contrast(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFra
         pairs have no row.
     """
     rows = []
-    for group, place, tables in _changes_over_seeds(runs):
+    for place, tables in _changes_over_seeds(runs):
         for key in redistribution.KEYS:
-            options = {"resamples": resamples, "rng": np.random.default_rng(group[0].seed)}
+            options = {"resamples": resamples, "rng": np.random.default_rng(place["seed"])}
             found = redistribution.highest_minus_lowest(tables, key, shared=place["shared"] > 0, **options)
             rows += [place | {"key": key} | found] if found else []
-    numbers = ["lowest", "highest", *_bounds("difference"), "regression"]
+    numbers = ["lowest", "highest", *bounds("difference"), "regression"]
     others = ["seeds", "pairs", "n_prompts", "shared", "key", "reading"]
-    table = _table(rows, others=others, numbers=numbers).drop(columns="seed").assign(difference_p=np.nan)
-    for part in table.groupby("key").groups.values():
-        table.loc[part, "difference_p"] = adjusted(table.loc[part], "difference")
-    return table
+    table = _table(rows, others=others, numbers=numbers).drop(columns="seed")
+    return table.assign(difference_p=adjusted(table, "difference", over=["key"]))
 
 
 def kept_of_learned(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame:
@@ -261,29 +217,26 @@ def kept_of_learned(runs: Sequence[RunPaths], *, resamples: int) -> pd.DataFrame
         too, it decides nothing).
     """
     rows = []
-    for group, place, tables in _changes_over_seeds(runs):
+    for place, tables in _changes_over_seeds(runs):
         learned = float(np.mean([table["margin_before"].mean() for table in tables]))
-        for crossed in (False, True)[: len(group)]:
-            rng = np.random.default_rng(group[0].seed)
+        for crossed in (False, True)[: len(tables)]:
+            rng = np.random.default_rng(place["seed"])
             line = redistribution.kept_line(tables, crossed=crossed, resamples=resamples, rng=rng)
             found = redistribution.loss_pattern(line, learned=learned)
             if crossed and place["shared"]:
                 found["pattern"] = "cannot be decided"
             rows.append(place | {"instrument": redistribution.CROSS if crossed else "none"} | found)
     others = ["seeds", "pairs", "shared", "instrument", "pattern"]
-    return _table(rows, others=others, numbers=_bounds("slope", "intercept")).drop(columns="seed")
+    return _table(rows, others=others, numbers=bounds("slope", "intercept")).drop(columns="seed")
 
 
-def _changes_over_seeds(
-    runs: Sequence[RunPaths],
-) -> Iterator[tuple[list[RunPaths], dict[str, Any], list[pd.DataFrame]]]:
-    """The runs of each chain, what names them in a table, and their tables of pair changes, pair by pair."""
-    for group, _, objective in _grouped(runs, True):
+def _changes_over_seeds(runs: Sequence[RunPaths]) -> Iterator[tuple[dict[str, Any], list[pd.DataFrame]]]:
+    """What names the runs of each chain in a table, and their tables of pair changes, pair by pair."""
+    for group, _, objective in followed(over_seeds(runs)):
         first = _changes(group[0], objective)
         tables = [_changes(run, objective).reindex(first.index) for run in group]
-        place = _key(group[0], objective) | {"seeds": len(group), "shared": shared_training(group)}
-        sizes = {"pairs": len(first), "n_prompts": first["prompt_id"].nunique()}
-        yield group, place | sizes, tables
+        place = _key(group[0], objective) | {"shared": shared_training(group)}
+        yield place | {"pairs": len(first)} | _sizes(group, first), tables
 
 
 def shared_training(group: Sequence[RunPaths]) -> float:
@@ -308,22 +261,21 @@ def mechanics(runs: Sequence[RunPaths]) -> pd.DataFrame:
         stage's move).
     """
     rows, beyond = [], [f"{part}_beyond" for part in PARTS]
-    for run, chain, objective in _followed(runs):
+    for (run,), chain, objective in followed([run] for run in runs):
         tables = (read_chain(run, name) for name in ("conflict", "ledger_pairs"))
         conflict, pairs = (_looked_back(table, objective) for table in tables)
         verdict, shuffled = conflict_verdict(conflict), controls(chain, _beside(run, runs)).get(SHUFFLED)
         row = _key(run, objective) | {"split": "".join(conflict["split"].unique())}
         row |= {"gradients": verdict["verdict"], "steps": verdict["steps"]}
-        row |= dict(zip(_bounds("cross", "within"), verdict["cross"] + verdict["within"], strict=True))
+        row |= dict(zip(bounds("cross", "within"), verdict["cross"] + verdict["within"], strict=True))
         row |= _over_stages(with_intervals(by_pair(pairs)), PARTS)
         if shuffled:
             row |= _over_stages(_looked_back(ledger_beyond(run, shuffled), objective), beyond)
         moves = whole_adapter(read_table(run.movement)).loc[["weight", "lora"], "cosine"]
         rows.append(row | dict(zip(("movement_weight", "movement_raw"), moves, strict=True)))
-    numbers = _bounds("cross", "within", *PARTS, *beyond)
-    table = _table(
-        rows, others=["split", "gradients", "steps"], numbers=[*numbers, "movement_weight", "movement_raw"]
-    )
+    numbers = bounds("cross", "within", *PARTS, *beyond)
+    numbers += ["movement_weight", "movement_raw"]
+    table = _table(rows, others=["split", "gradients", "steps"], numbers=numbers)
     table.insert(table.columns.get_loc("measured"), "rest", table.eval("measured - left - curvature"))
     return table
 
@@ -354,7 +306,7 @@ def _over_stages(found: pd.DataFrame, names: Sequence[str]) -> dict[str, float]:
     row = {}
     for part, name in zip(PARTS, names, strict=True) if len(found) else ():
         mean, reach = found[part].sum(), np.hypot.reduce(found[f"{part}_high"] - found[part])
-        row |= dict(zip(_bounds(name), (mean, mean - reach, mean + reach), strict=True))
+        row |= dict(zip(bounds(name), (mean, mean - reach, mean + reach), strict=True))
     return row
 
 
@@ -382,10 +334,10 @@ def moves(mechanics: pd.DataFrame) -> pd.DataFrame:
         at = here.reindex(columns=texts).set_axis(kinds, axis=1).dropna(subset="cosine")
         gaps = (at["cosine"] - at["shuffled"]).dropna()
         reach = gaps.sem() * stats.t.ppf(0.975, max(len(gaps) - 1, 1))
-        beyond = zip(_bounds("beyond"), gaps.mean() + np.array([0, -reach, reach]), strict=True)
+        beyond = zip(bounds("beyond"), gaps.mean() + np.array([0, -reach, reach]), strict=True)
         row = {"setting": setting, "chain": text, "seeds": len(at), "spread": at["cosine"].std()}
         rows.append(row | at.mean().to_dict() | dict(beyond))
-    numbers = ["cosine", "spread", *kinds[1:], *_bounds("beyond")]
+    numbers = ["cosine", "spread", *kinds[1:], *bounds("beyond")]
     return pd.DataFrame(rows, columns=[*key, "seeds", *numbers]).astype(dict.fromkeys(numbers, "Float64"))
 
 
@@ -458,7 +410,8 @@ def ledger_counts(mechanics: pd.DataFrame) -> dict[str, int]:
 
 def questioned(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of chains that ask the study's question: no variants, and not the first objectives again."""
-    chains = table["chain"].map(Chain.parse)
-    plain = [not any(stage.variants for stage in chain.stages) for chain in chains]
-    new = [chain.last.objectives != chain.stages[0].objectives for chain in chains]
-    return table[np.array(plain, dtype=bool) & np.array(new, dtype=bool)]
+    asks = [
+        chain.last.objectives != chain.stages[0].objectives and not any(s.variants for s in chain.stages)
+        for chain in map(Chain.parse, table["chain"])
+    ]
+    return table[np.array(asks, dtype=bool)]

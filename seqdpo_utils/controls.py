@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from seqdpo_utils import contrasts, metrics, redistribution
+from seqdpo_utils import metrics, redistribution
 from seqdpo_utils.chains import AGAIN, SHUFFLED, Chain, controls
-from seqdpo_utils.metrics import DELTA, NOT_LEARNED
-from seqdpo_utils.paths import RunPaths, read_table
+from seqdpo_utils.metrics import DELTA, NOT_LEARNED, bounded, bounds
+from seqdpo_utils.paths import RunPaths
+from seqdpo_utils.verdicts import adjusted
 
 NOTHING, REAL, JOINT, ALONE = "nothing follows", "real labels", "both at once", "later stage alone"
 ENDS = (NOTHING, REAL, SHUFFLED, AGAIN, JOINT, ALONE)
@@ -62,9 +63,8 @@ def _questioned(runs: Sequence[RunPaths]) -> Iterator[tuple[list[RunPaths], dict
     """Chains whose last stage is questioned: their runs, the ways on, and objectives with their roles."""
     trained = {node for run in runs for node in run.lineage}
     texts = {node.chain for node in trained}
-    for place in dict.fromkeys((run.setting, run.chain) for run in runs):
-        group = [run for run in runs if (run.setting, run.chain) == place]
-        chain = Chain.parse(place[1])
+    for group in metrics.over_seeds(runs):
+        chain = Chain.parse(group[0].chain)
         first = dict.fromkeys(chain.stages[0].objectives, FIRST)
         roles = first | dict.fromkeys(chain.last.objectives, LATER)
         if chain.parent and not chain.last.variants and FIRST in roles.values():
@@ -86,17 +86,15 @@ def by_pair(runs: Sequence[RunPaths], *, beta: float) -> pd.DataFrame:
     """
     parts = [pd.DataFrame()]
     for group, ways, roles in _questioned(runs):
-        found = [
-            read_table(run.at(text).scores).assign(seed=run.seed, end=name)
-            for run in group
-            for name, text in ways.items()
-        ]
-        records = pd.concat(found, ignore_index=True).query("split == 'eval'")
-        margin = metrics.dpo_margin(records, read_table(group[0].base_scores), beta=beta)
-        key = ["objective", "seed", "pair_id", "prompt_id"]
-        wide = records.assign(margin=margin).pivot(index=key, columns="end", values="margin").reset_index()
-        wide = wide.assign(setting=group[0].setting, chain=group[0].chain, role=wide["objective"].map(roles))
-        parts.append(wide[wide["role"].notna()])
+        place = {"setting": group[0].setting, "chain": group[0].chain}
+        for objective in sorted(roles):
+            found = {
+                name: metrics.margins([run.at(text) for run in group], objective, beta=beta)
+                for name, text in ways.items()
+            }
+            wide = found[REAL][["prompt_id"]].assign(**{name: found[name][ways[name]] for name in found})
+            place |= {"objective": objective, "role": roles[objective]}
+            parts.append(wide.assign(**place).reset_index())
     columns = [*_PLACE, "role", "seed", "pair_id", "prompt_id", *ENDS]
     table = pd.concat(parts, ignore_index=True).reindex(columns=columns)
     return table.astype(dict.fromkeys(ENDS, float))
@@ -113,28 +111,13 @@ def _compared(draws: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: draws[a] - draws[b] for name, (a, b) in CONTRASTS.items() if {a, b} <= set(draws)}
 
 
-def _numbers(draws: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Means with bounds."""
-    found: dict[str, float] = {}
-    for name, both in draws.items():
-        bounds = (both[0], *metrics.interval(both[1:]))
-        found |= dict(zip((name, f"{name}_low", f"{name}_high"), bounds, strict=True))
-    return found
-
-
 def _size(part: pd.DataFrame) -> dict[str, int]:
     return {"seeds": part["seed"].nunique(), "n_prompts": part["prompt_id"].nunique()}
 
 
 def _table(rows: list[dict[str, Any]], others: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
-    bounds = [f"{name}{end}" for name in numbers for end in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=[*_PLACE, *others, *bounds]).astype(dict.fromkeys(bounds, float))
-
-
-def _adjusted(table: pd.DataFrame, name: str) -> pd.Series:
-    """p-values of the rows that have a mean, adjusted over these (Holm)."""
-    known = table[table[name].notna()]
-    return pd.Series(contrasts.adjusted(known, name), index=known.index, dtype=float)
+    numbers = bounds(*numbers)
+    return pd.DataFrame(rows, columns=[*_PLACE, *others, *numbers]).astype(dict.fromkeys(numbers, float))
 
 
 def ends(pairs: pd.DataFrame, *, resamples: int) -> pd.DataFrame:
@@ -148,7 +131,7 @@ def ends(pairs: pd.DataFrame, *, resamples: int) -> pd.DataFrame:
     for place, part in pairs.groupby([*_PLACE, "role"], sort=False):
         row = dict(zip([*_PLACE, "role"], place, strict=True)) | _size(part)
         draws = _draws(part, resamples)
-        rows += [row | {"end": name} | _numbers({"margin": both}) for name, both in draws.items()]
+        rows += [row | {"end": name} | bounded({"margin": both}) for name, both in draws.items()]
     return _table(rows, ["role", "end", "seeds", "n_prompts"], ["margin"])
 
 
@@ -174,9 +157,9 @@ def effects(pairs: pd.DataFrame, *, resamples: int) -> pd.DataFrame:
             if "labels" in found:
                 found["spared"] = found["labels"] + DELTA * found["learned"]
                 found["taught"] = min(taught, key=lambda both: both[0])
-            rows.append(dict(zip(_PLACE, (*place, objective), strict=True)) | _size(own) | _numbers(found))
+            rows.append(dict(zip(_PLACE, (*place, objective), strict=True)) | _size(own) | bounded(found))
     table = _table(rows, ["labels_do", "taken_by", "seeds", "n_prompts"], QUESTIONS)
-    table = table.assign(**{f"{name}_p": _adjusted(table, name) for name in QUESTIONS})
+    table = table.assign(**{f"{name}_p": adjusted(table, name) for name in QUESTIONS})
     said = [verdict(row) for row in table.to_dict("records")]
     return table.assign(labels_do=[do for do, _ in said], taken_by=[found for _, found in said])
 
@@ -245,5 +228,4 @@ def quartiles(pairs: pd.DataFrame, *, resamples: int) -> pd.DataFrame:
             row = dict(zip(_PLACE, place, strict=True)) | {"change": change} | _size(part)
             rows += [row | found] if found else []
     table = _table(rows, ["change", "seeds", "n_prompts", "lowest", "highest"], ["difference"])
-    p = [_adjusted(own, "difference") for _, own in table.groupby("change")]
-    return table.assign(difference_p=pd.concat(p) if p else np.nan)
+    return table.assign(difference_p=adjusted(table, "difference", over=["change"]))

@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
-from seqdpo_utils import contrasts, metrics
+from seqdpo_utils import metrics
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.conflict import cosine
 from seqdpo_utils.ledger import by_pair
 from seqdpo_utils.movement import load_lora, weight_inner
 from seqdpo_utils.paths import RunPaths, read_json, read_table
-from seqdpo_utils.verdicts import holm, p_value
+from seqdpo_utils.verdicts import adjusted, units
 
 NEW, SEEN, OTHER = "new pairs", "seen pairs", "another objective"
 """What the later stage trains on: a dial on pairs new to the chain, one on stage 1's pairs, or no dial."""
@@ -42,9 +42,9 @@ INSTRUMENTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 """Which way each reading should go as labels are turned, and the quantities whose means it is made of."""
 KEY = ["setting", "objective", "pairs", "instrument"]
-_BOUNDED = [f"{name}{end}" for name in ("value", "difference", "place") for end in ("", "_low", "_high")]
-_SIZES = ["chain", "share", "seeds", "units"]
-_COLUMNS = [*KEY, *_SIZES, *_BOUNDED, "difference_p", "fitted", "monotone", "outside"]
+_BOUNDED = metrics.bounds("value", "difference", "place")
+_COLUMNS = [*KEY, "chain", "share", "seeds", "units", *_BOUNDED]
+_COLUMNS += ["difference_p", "fitted", "monotone", "outside"]
 
 
 def roles(runs: Sequence[RunPaths]) -> pd.DataFrame:
@@ -109,7 +109,7 @@ def _observed(run: RunPaths, objective: str, *, beta: float) -> pd.DataFrame:
         `chain`, `seed`, `part`, `item` (pair, or step of a cosine), `prompt_id` (what is resampled: the
         prompt, or again the step), `value`.
     """
-    wide = contrasts.margins([run], objective, beta=beta).reset_index()
+    wide = metrics.margins([run], objective, beta=beta).reset_index()
     change = wide[run.chain] - wide[str(Chain.parse(run.chain).parent)]
     steps = _looked_back(run.conflict, objective).astype({"step": str}).rename(columns={"step": "pair_id"})
     steps = steps.assign(prompt_id=steps["pair_id"])
@@ -177,15 +177,13 @@ def _readings(
     draws = _gated(drawn.reshape(len(drawn), len(parts), len(chains)))
     draws = np.column_stack([draws, np.zeros(len(draws))])
     sizes = [wide.index.get_level_values(name).nunique() for name in ("seed", "prompt_id")]
-    units = min((size for size in sizes if size > 1), default=1)
-    row = [[*chains, ZERO], [*shares[chains], np.nan], sizes[0], units]
-    table = pd.DataFrame(dict(zip(_SIZES, row, strict=True)))
+    repeated = units(*sizes)
+    places = {"chain": [*chains, ZERO], "share": [*shares[chains], np.nan]}
+    table = pd.DataFrame(places | {"seeds": sizes[0], "units": repeated})
     changes = draws - draws[:, [int(table["share"].eq(0).argmax())]]
-    table[_BOUNDED[:6]] = np.hstack([_bounded(draws, units), _bounded(changes, units)])
-    turned = table["share"].gt(0) & table["difference_low"].notna()
-    bounds = (table.loc[turned, name].to_numpy() for name in _BOUNDED[3:6])
-    table["difference_p"] = np.nan
-    table.loc[turned, "difference_p"] = holm(p_value(*bounds, df=units - 1))
+    table[_BOUNDED[:6]] = np.hstack([_bounded(draws, repeated), _bounded(changes, repeated)])
+    turned = table[table["share"] > 0].assign(n_prompts=sizes[1])
+    table["difference_p"] = adjusted(turned, "difference")
     dial = table.index[table["share"].notna() & table["value"].notna()]
     table["monotone"] = _monotone(way * _combined(by_seed)[:, dial], table["share"][dial].to_numpy())
     return _placed(table, draws, dial, way)
@@ -208,17 +206,17 @@ def _gated(parts: np.ndarray) -> np.ndarray:
     return np.where(agree, found.clip(-1, 1), np.nan)
 
 
-def _bounded(draws: np.ndarray, units: int) -> np.ndarray:
+def _bounded(draws: np.ndarray, repeated: int) -> np.ndarray:
     """Value, low and high, (columns, 3); no bounds where nothing was repeated."""
     kept = (column[np.isfinite(column)] for column in draws[1:].T)
-    bounds = [metrics.interval(each) if units > 1 and len(each) else (np.nan, np.nan) for each in kept]
+    bounds = [metrics.interval(each) if repeated > 1 and len(each) else (np.nan, np.nan) for each in kept]
     return np.column_stack([draws[0], np.where(np.isfinite(draws[:1].T), bounds, np.nan)])
 
 
 def _monotone(readings: np.ndarray, shares: np.ndarray) -> float:
     """Spearman's correlation of share and reading, (seeds, shares), each seed less its mean."""
     whole = readings[np.isfinite(readings).all(axis=1)]
-    left = whole - whole.mean(axis=1, keepdims=True) if len(whole) else whole
+    left = whole - whole.mean(axis=1, keepdims=True) if whole.size else whole
     varies = left.size > 2 and np.ptp(left) > 1e-12
     return float(stats.spearmanr(left.ravel(), np.tile(shares, len(left))).statistic) if varies else np.nan
 
@@ -303,28 +301,23 @@ def new_minus_seen(found: pd.DataFrame, *, beta: float, resamples: int) -> pd.Da
         `setting`, `objective`, `share` (where both were run), `seeds`, `new`, `seen` and `difference` with
         bounds, paired by seed and pair; `difference_p`, Holm's correction over the shares of an objective.
     """
-    rows, keys = [], ["setting", "objective", "share"]
-    names = ["new", "seen", *_BOUNDED[3:6]]
+    rows, keys, means = [], ["setting", "objective", "share"], ["new", "seen", "difference"]
     for key, group in found.groupby(keys, sort=False):
-        ends = {}
-        for pairs, part in group.groupby("pairs"):
-            wide = contrasts.margins(part["run"].tolist(), key[1], beta=beta)
-            ends[pairs] = wide.rename(columns={part["chain"].iloc[0]: "end"})[["prompt_id", "end"]]
-        if len(ends) == 2:
-            wide = ends[NEW].join(ends[SEEN]["end"].rename("seen"), how="inner")
-            wide["gap"] = wide["end"] - wide["seen"]
-            rng = np.random.default_rng(0)
-            drawn = metrics.estimates(wide, ["end", "seen", "gap"], resamples=resamples, rng=rng)
-            sizes = [len(wide.index.unique("seed")), wide["prompt_id"].nunique()]
-            values = dict(zip(names, [*drawn[0], *metrics.interval(drawn[1:, 2])], strict=True))
-            units = min((size for size in sizes if size > 1), default=1)
-            p = p_value(*(values[name] for name in _BOUNDED[3:6]), df=units - 1)
-            rows.append(
-                dict(zip(keys, key, strict=True)) | {"seeds": sizes[0]} | values | {"difference_p": p}
-            )
-    table = pd.DataFrame(rows, columns=[*keys, "seeds", *names, "difference_p"])
-    table["difference_p"] = table.groupby(keys[:2])["difference_p"].transform(lambda p: holm(p.to_numpy()))
-    return table
+        runs = {pairs: part["run"].tolist() for pairs, part in group.groupby("pairs")}
+        if len(runs) < 2:
+            continue
+        new, seen = (metrics.margins(runs[pairs], key[1], beta=beta) for pairs in (NEW, SEEN))
+        ends = {"new": new[runs[NEW][0].chain], "seen": seen[runs[SEEN][0].chain]}
+        wide = new[["prompt_id"]].assign(**ends).dropna()
+        wide["difference"] = wide["new"] - wide["seen"]
+        rng = np.random.default_rng(0)
+        row = metrics.estimated(wide, means, resamples=resamples, rng=rng) | dict(zip(keys, key, strict=True))
+        sizes = {"seeds": len(wide.index.unique("seed")), "n_prompts": wide["prompt_id"].nunique()}
+        rows.append(row | sizes)
+    columns = [*keys, "seeds", "n_prompts", *means[:2], *metrics.bounds(means[2])]
+    table = pd.DataFrame(rows, columns=columns)
+    p = adjusted(table, "difference", over=keys[:2])
+    return table.drop(columns="n_prompts").assign(difference_p=p)
 
 
 def outcomes(found: pd.DataFrame, *, beta: float, resamples: int) -> pd.DataFrame:
@@ -342,18 +335,13 @@ def outcomes(found: pd.DataFrame, *, beta: float, resamples: int) -> pd.DataFram
     rows = []
     keys = ["setting", "objective", "pairs", "share", "chain"]
     for key, group in found.groupby(keys, sort=False, dropna=False):
-        wide = contrasts.margins(group["run"].tolist(), key[1], beta=beta)
+        wide = metrics.margins(group["run"].tolist(), key[1], beta=beta)
         first, end = wide[str(Chain.parse(key[-1]).parent)], wide[key[-1]]
-        parts = (first, end, end - (1 - metrics.DELTA) * first, end - (1 + metrics.DELTA) * first)
-        wide = wide.assign(**dict(zip(metrics.DECIDING, parts, strict=True)))
-        drawn = metrics.estimates(wide, metrics.DECIDING, resamples=resamples, rng=np.random.default_rng(0))
-        fate = {}
-        for name, column in zip(metrics.DECIDING, drawn.T, strict=True):
-            low, high = metrics.interval(column[1:])
-            fate |= {name: column[0], f"{name}_low": low, f"{name}_high": high}
+        wide = wide.assign(learned=first, end=end, **metrics.edges(first, end))
+        rng = np.random.default_rng(0)
+        fate = metrics.estimated(wide, metrics.DECIDING, resamples=resamples, rng=rng)
         rows.append(dict(zip(keys, key, strict=True)) | {"outcome": metrics.outcome(fate)} | fate)
-    bounds = [f"{name}{side}" for name in metrics.DECIDING[:2] for side in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=[*keys, "outcome", *bounds])
+    return pd.DataFrame(rows, columns=[*keys, "outcome", *metrics.bounds("learned", "end")])
 
 
 def force(margin: np.ndarray, share: float) -> np.ndarray:
@@ -374,6 +362,6 @@ def foretold(found: pd.DataFrame, *, beta: float) -> pd.DataFrame:
     rows = []
     for (setting, objective), group in found.groupby(["setting", "objective"], sort=False):
         runs = group.drop_duplicates("seed")["run"].tolist()
-        first = contrasts.margins([run.lineage[0] for run in runs], objective, beta=beta)[objective]
+        first = metrics.margins([run.lineage[0] for run in runs], objective, beta=beta)[objective]
         rows.append((setting, objective, force(first, 0.0).mean(), first.mean(), len(runs)))
     return pd.DataFrame(rows, columns=["setting", "objective", "share", "margin", "seeds"])

@@ -1,12 +1,15 @@
 """What per-pair records say: margins, accuracies, the stage matrix, transfer, outcomes.
 
+Also what every later comparison begins with: margins of a chain over its runs, and means with intervals.
+
 A record holds the sums s(w) and s(l) of one checkpoint (`chosen_logp`, `rejected_logp`, nats) and the token
 counts. Intervals are 95 % bootstrap intervals: prompts are resampled with all their pairs, and so are seeds
 where there are several.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +18,7 @@ from scipy import stats
 
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.errors import StudyError
+from seqdpo_utils.paths import RunPaths, read_scores
 
 NOT_LEARNED = "not learned"
 MEASURES = ("margin", "relative_accuracy", "policy_margin", "policy_accuracy")
@@ -26,6 +30,8 @@ _CONTRASTS = {"end": 0.0, "over_lower": 1 - DELTA, "over_upper": 1 + DELTA}
 FATE = {"learned": "learned", "backward": "backward transfer", "retention": "retention"}
 FATE |= {name: f"D({c:g})" for name, c in _CONTRASTS.items()}
 """Columns of `fate`, and the quantities of `transfer` behind them."""
+Reader = Callable[[RunPaths], pd.DataFrame]
+"""Reads the per-pair records of a run, those of the base among them."""
 _TRANSFER = ["objective", "stage", "checkpoint", "quantity", "value", "low", "high", "note"]
 
 
@@ -149,6 +155,27 @@ def estimates(wide: pd.DataFrame, columns: Sequence[str], *, resamples: int, rng
     return np.vstack([values.mean(axis=0), draws])
 
 
+def bounds(*names: str) -> list[str]:
+    """The columns of numbers with intervals: `name`, `name_low`, `name_high` of each."""
+    return [f"{name}{end}" for name in names for end in ("", "_low", "_high")]
+
+
+def bounded(drawn: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Numbers with their intervals, named as `bounds` does; `drawn`: each number, then its draws."""
+    found: dict[str, float] = {}
+    for name, both in drawn.items():
+        found |= dict(zip(bounds(name), (both[0], *interval(both[1:])), strict=True))
+    return found
+
+
+def estimated(
+    wide: pd.DataFrame, columns: Sequence[str], *, resamples: int, rng: Generator
+) -> dict[str, float]:
+    """Means of columns with their intervals, from `estimates`."""
+    means = estimates(wide, columns, resamples=resamples, rng=rng)
+    return bounded(dict(zip(columns, means.T, strict=True)))
+
+
 def stage_matrix(measures: pd.DataFrame, *, resamples: int, rng: Generator) -> pd.DataFrame:
     """Every measure of every objective at every checkpoint, on held-out pairs, with intervals.
 
@@ -158,17 +185,11 @@ def stage_matrix(measures: pd.DataFrame, *, resamples: int, rng: Generator) -> p
     Returns:
         One row a checkpoint and objective: `n_pairs`, `n_prompts`, and each measure with `_low` and `_high`.
     """
-    rows = []
-    held_out = measures[measures["split"] == "eval"]
-    for (checkpoint, objective), group in held_out.groupby(["checkpoint", "objective"], sort=False):
-        values, prompts = group[list(MEASURES)].to_numpy(dtype=float), group["prompt_id"]
-        draws = resampled_means(values, prompts, resamples=resamples, rng=rng)
-        row = {"checkpoint": checkpoint, "objective": objective}
-        row |= {"n_pairs": len(group), "n_prompts": prompts.nunique()}
-        for k, name in enumerate(MEASURES):
-            low, high = interval(draws[:, k])
-            row |= {name: values[:, k].mean(), f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
+    rows, keys = [], ["checkpoint", "objective"]
+    for key, group in measures[measures["split"] == "eval"].groupby(keys, sort=False):
+        row = dict(zip(keys, key, strict=True))
+        row |= {"n_pairs": len(group), "n_prompts": group["prompt_id"].nunique()}
+        rows.append(row | estimated(group, MEASURES, resamples=resamples, rng=rng))
     return pd.DataFrame(rows)
 
 
@@ -181,6 +202,51 @@ def wide_margins(measures: pd.DataFrame, objective: str, *, measure: str = "marg
     key = ["seed", "pair_id"] if "seed" in measures else ["pair_id"]
     wide = held_out.pivot(index=key, columns="checkpoint", values=measure)
     return wide.assign(prompt_id=held_out.drop_duplicates(key).set_index(key)["prompt_id"])
+
+
+def over_seeds(runs: Iterable[RunPaths]) -> list[list[RunPaths]]:
+    """The runs of a study, those of one chain together."""
+    groups: dict[tuple[str, str], list[RunPaths]] = {}
+    for run in runs:
+        groups.setdefault((run.setting, run.chain), []).append(run)
+    return list(groups.values())
+
+
+def followed(groups: Iterable[list[RunPaths]]) -> Iterator[tuple[list[RunPaths], Chain, str]]:
+    """Runs of chains of at least two stages, with the chain and each objective of its first stage."""
+    for group in groups:
+        chain = Chain.parse(group[0].chain)
+        for objective in chain.stages[0].objectives if chain.parent else ():
+            yield group, chain, objective
+
+
+def measures_of(group: Sequence[RunPaths], *, beta: float, records: Reader = read_scores) -> pd.DataFrame:
+    """The measures of one chain over its runs, with the `seed` of each.
+
+    Args:
+        group: the runs.
+        beta: the training's beta.
+        records: reads the records of a run, of the base among them; by default of all its checkpoints.
+    """
+    parts = [pair_measures(records(run), beta=beta).assign(seed=run.seed) for run in group]
+    return pd.concat(parts, ignore_index=True)
+
+
+def margins(
+    group: Sequence[RunPaths], objective: str, *, beta: float, records: Reader = read_scores
+) -> pd.DataFrame:
+    """Held-out DPO margins of one chain over its runs; arguments: of `measures_of`.
+
+    Returns:
+        `prompt_id` and a column a checkpoint of the chain ("base", ...), indexed by `seed` and `pair_id`, so
+        that chains are compared pair by pair and run by run.
+    """
+    return wide_margins(measures_of(group, beta=beta, records=records), objective)
+
+
+def edges(first: Any, end: Any) -> dict[str, Any]:
+    """D(1 - delta) and D(1 + delta), the edges of stable, from margins after stage 1 and at the end."""
+    return {name: end - _CONTRASTS[name] * first for name in DECIDING[2:]}
 
 
 def transfer(

@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from seqdpo_utils import contrasts, metrics
+from seqdpo_utils import metrics
 from seqdpo_utils.chains import Chain, tree
 from seqdpo_utils.conflict import cosine
 from seqdpo_utils.models import load_base, load_tokenizer
@@ -27,8 +27,8 @@ from seqdpo_utils.pairs import encode_table
 from seqdpo_utils.params import Parameters
 from seqdpo_utils.paths import RunPaths, read_json, read_table, write_table
 from seqdpo_utils.scoring import Scorer
-from seqdpo_utils.stages import check_fingerprints
-from seqdpo_utils.verdicts import holm, p_value
+from seqdpo_utils.stage_data import check_fingerprints
+from seqdpo_utils.verdicts import holm, p_value, units
 
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the second adapter on the line between two; at 0 and 1 stand the adapters themselves."""
@@ -215,28 +215,20 @@ def ends(
     here = mixtures["setting"] == runs[0].setting
     mixed_here = dict(zip(map(name_of, recipes(*objectives)), [*[LINE] * len(SHARES), SUM], strict=True))
     mixed_here = {name: mixed_here[name] for name in mixed_here if name in set(mixtures[here]["checkpoint"])}
+
+    def of_mixtures(run: RunPaths) -> pd.DataFrame:
+        own = mixtures[here & (mixtures["seed"] == run.seed)]
+        return pd.concat([read_table(run.base_scores), own], ignore_index=True)
+
     tables = []
     for objective in objectives:
-        parts = [
-            contrasts.margins([run.at(text) for run in runs], objective, beta=beta)[text] for text in mine
-        ]
+        found = {text: metrics.margins([run.at(text) for run in runs], objective, beta=beta) for text in mine}
+        wide = {text: margins[text] for text, margins in found.items()}
         if mixed_here:
-            found = _mixture_margins(runs, objective, mixtures, beta=beta)
-            parts += [found[name] for name in mixed_here]
-        prompts = contrasts.margins([run.at(min(mine)) for run in runs], objective, beta=beta)["prompt_id"]
-        tables.append(pd.concat([*parts, prompts], axis=1).dropna())
+            mixed_too = metrics.margins(runs, objective, beta=beta, records=of_mixtures)
+            wide |= {name: mixed_too[name] for name in mixed_here}
+        tables.append(pd.DataFrame(wide | {"prompt_id": found[min(mine)]["prompt_id"]}).dropna())
     return mine | mixed_here, tables
-
-
-def _mixture_margins(
-    runs: Sequence[RunPaths], objective: str, mixtures: pd.DataFrame, *, beta: float
-) -> pd.DataFrame:
-    parts = []
-    for run in runs:
-        own = mixtures[(mixtures["setting"] == run.setting) & (mixtures["seed"] == run.seed)]
-        records = pd.concat([read_table(run.base_scores), own], ignore_index=True)
-        parts.append(metrics.pair_measures(records, beta=beta).assign(seed=run.seed))
-    return metrics.wide_margins(pd.concat(parts, ignore_index=True), objective)
 
 
 def places(
@@ -254,9 +246,8 @@ def places(
     """
     rows = pd.DataFrame({"name": list(kinds), "kind": list(kinds.values())})
     for side, table in zip(SIDES, tables, strict=True):
-        drawn = metrics.estimates(table, list(kinds), resamples=resamples, rng=rng)
-        rows[side] = drawn[0]
-        rows[[f"{side}_low", f"{side}_high"]] = [metrics.interval(draws) for draws in drawn[1:].T]
+        found = metrics.estimated(table, list(kinds), resamples=resamples, rng=rng)
+        rows[metrics.bounds(side)] = np.reshape([*found.values()], (-1, 3))
     means = rows[list(SIDES)].to_numpy()
     beaten = (means[None] > means[:, None]).all(axis=-1).any(axis=1)
     return rows.assign(on_front=~beaten)
@@ -282,20 +273,15 @@ def rivalries(
             continue
         row, better, worse = {"chain": chain, "rival": rival, "kind": kinds[rival]}, 0.0, 0.5
         for side, table in zip(SIDES, tables, strict=True):
-            gap = table.assign(gap=table[rival] - table[chain])
-            value, *draws = metrics.estimates(gap, ["gap"], resamples=resamples, rng=rng)[:, 0]
-            low, high = metrics.interval(np.array(draws))
-            p = float(p_value(value, low, high, df=_units(table) - 1))
-            better, worse = max(better, p if value > 0 else 1.0), min(worse, p if value < 0 else 0.5)
-            row |= {side: value, f"{side}_low": low, f"{side}_high": high}
+            gap = table.assign(**{side: table[rival] - table[chain]})
+            found = metrics.estimated(gap, [side], resamples=resamples, rng=rng)
+            repeated = units(len(table.index.unique("seed")), table["prompt_id"].nunique())
+            p = float(p_value(*found.values(), df=repeated - 1))
+            better = max(better, p if found[side] > 0 else 1.0)
+            worse = min(worse, p if found[side] < 0 else 0.5)
+            row |= found
         rows.append(row | {"better_p": better, "worse_p": 2 * worse})
     return pd.DataFrame(rows)
-
-
-def _units(table: pd.DataFrame) -> int:
-    """Prompts, or seeds where there are several and fewer."""
-    seeds, prompts = table.index.get_level_values("seed").nunique(), table["prompt_id"].nunique()
-    return prompts if seeds == 1 else min(seeds, prompts)
 
 
 def compare(
@@ -343,17 +329,9 @@ def standing(rivals: pd.DataFrame) -> pd.DataFrame:
     """
     if rivals.empty:
         return pd.DataFrame(columns=["setting", "name", "by", "standing"])
-    rivals = rivals.assign(sure=holm(rivals["better_p"].to_numpy()) <= 0.05)
-    rows = [
-        {
-            "setting": setting,
-            "name": chain,
-            "by": ", ".join(part[part["sure"]]["rival"]),
-            "p": part["worse_p"].max(),
-        }
-        for (setting, chain), part in rivals.groupby(["setting", "chain"], sort=False)
-    ]
-    table = pd.DataFrame(rows)
-    free = holm(table["p"].to_numpy()) <= 0.05
+    sure = holm(rivals["better_p"].to_numpy()) <= 0.05
+    chains = rivals.assign(by=rivals["rival"].where(sure)).groupby(["setting", "chain"], sort=False)
+    table = chains.agg(by=("by", lambda names: ", ".join(names.dropna())), p=("worse_p", "max"))
+    free = holm(table.pop("p").to_numpy()) <= 0.05
     words = np.where(table["by"] != "", DOMINATED, np.where(free, UNDOMINATED, OPEN))
-    return table.assign(standing=words).drop(columns="p")
+    return table.assign(standing=words).rename_axis(["setting", "name"]).reset_index()

@@ -7,16 +7,18 @@ stage before over the adapters kept within the stage to its end, at the largest 
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from seqdpo_utils import contrasts, metrics
+from seqdpo_utils import metrics
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.ledger import by_pair
+from seqdpo_utils.metrics import bounds
 from seqdpo_utils.paths import RunPaths, read_scores, read_table
+from seqdpo_utils.verdicts import adjusted
 
 PLAIN, PROJECTED, PLACEBO = "plain", "projected", "placebo"
 CAUSAL, REFERENCE = "causal", "reference"
@@ -27,6 +29,7 @@ AS_GOOD = "opposition is not the driver: the placebo does as well"
 NO_LOSS, NO_GAIN, UNDECIDED = "no loss shown", "no common gain shown", "cannot be decided"
 DECIDING = ("learned", "gain", "lost", "kept", "beyond", "kept_over", "kept_under", "beyond_under")
 """The contrasts that decide a verdict of `opposition`."""
+PLACE = ["setting", "chain", "objective", "later_objective", "axis", "seeds", "within"]
 STATE = ("end_margin", "end_gain", "gain", "margin", "difference")
 Course = tuple[pd.DataFrame, pd.DataFrame]
 """Held-out margins of the earlier and of the new objective along a stage, as from `course`."""
@@ -34,24 +37,15 @@ Course = tuple[pd.DataFrame, pd.DataFrame]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Chains that differ in one variant of their last stage, by `kind`; the first is without a variant."""
+    """Chains that differ in one variant of their last stage, by `kind`; the first is without a variant.
 
-    setting: str
-    chain: str
-    objective: str
-    later_objective: str
-    axis: str
+    `place`: what names it in a table (`PLACE`), with its `seeds` and how many points `within` every stage
+    were kept.
+    """
+
+    place: dict[str, Any]
     groups: dict[str, list[RunPaths]]
     courses: dict[str, Course]
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """What names it in a table, with its `seeds` and how many points `within` every stage were kept."""
-        old, _ = next(iter(self.courses.values()))
-        sizes = {"seeds": old.index.get_level_values("seed").nunique()}
-        sizes |= {"within": min(each.shape[1] - 3 for each, _ in self.courses.values())}
-        names = ("setting", "chain", "objective", "later_objective", "axis")
-        return {name: getattr(self, name) for name in names} | sizes
 
 
 def course(group: Sequence[RunPaths], objective: str, *, beta: float) -> pd.DataFrame:
@@ -61,13 +55,13 @@ def course(group: Sequence[RunPaths], objective: str, *, beta: float) -> pd.Data
         `prompt_id` and the points 0 (the stage before), 1, ... (adapters that every run kept), the last (the
         end of the stage), indexed by `seed` and `pair_id`.
     """
-    parts = []
-    for run in group:
+
+    def records(run: RunPaths) -> pd.DataFrame:
         kept = read_table(run.within)
         kept["checkpoint"] = kept["step"].astype(str).str.zfill(9)
-        records = pd.concat([read_scores(run), kept.drop(columns="step")], ignore_index=True)
-        parts.append(metrics.pair_measures(records, beta=beta).assign(seed=run.seed))
-    wide = metrics.wide_margins(pd.concat(parts, ignore_index=True), objective)
+        return pd.concat([read_scores(run), kept.drop(columns="step")], ignore_index=True)
+
+    wide = metrics.margins(group, objective, beta=beta, records=records)
     steps = sorted(name for name in wide if name.isdigit() and wide[name].notna().all())
     points = wide[[Chain.parse(group[0].chain).checkpoints[-2], *steps, group[0].chain]]
     return points.set_axis(range(points.shape[1]), axis=1).assign(prompt_id=wide["prompt_id"])
@@ -107,19 +101,20 @@ def comparisons(runs: Sequence[RunPaths], *, beta: float) -> list[Comparison]:
         beta: the training's beta.
     """
     found = []
-    for run in runs:
-        chain, group = Chain.parse(run.chain), [each for each in runs if replace(each, seed=run.seed) == run]
+    for group in metrics.over_seeds(runs):
+        setting, chain = group[0].setting, Chain.parse(group[0].chain)
         new = chain.last.objectives
-        if group[0] != run or chain.parent is None or len(new) > 1 or set(new) & set(chain.earlier):
+        if chain.parent is None or len(new) > 1 or set(new) & set(chain.earlier):
             continue
-        among = [each.chain for each in runs if each.setting == run.setting]
+        among = [each.chain for each in runs if each.setting == setting]
         for axis, kinds in beside(chain, among).items() if not chain.last.variants else ():
             groups = {kind: [each.at(text) for each in group] for kind, text in kinds.items()}
             gained = {kind: course(each, new[0], beta=beta) for kind, each in groups.items()}
             for old in chain.stages[0].objectives:
                 courses = {kind: (course(groups[kind], old, beta=beta), gained[kind]) for kind in groups}
-                place = (run.setting, run.chain, old, new[0], axis)
-                found.append(Comparison(*place, groups=groups, courses=courses))
+                within = min(points.shape[1] - 3 for points, _ in courses.values())
+                place = (setting, str(chain), old, new[0], axis, len(group), within)
+                found.append(Comparison(dict(zip(PLACE, place, strict=True)), groups, courses))
     return found
 
 
@@ -176,15 +171,12 @@ def points(compared: Sequence[Comparison]) -> pd.DataFrame:
         What names a comparison, `kind`, `point` (0: the stage before), `gain` of the new objective, `margin`
         of the earlier one.
     """
-    rows = []
+    parts = []
     for each in compared:
         for kind, (old, new) in each.courses.items():
-            means = zip(_points(new).mean() - new[0].mean(), _points(old).mean(), strict=True)
-            rows += [
-                each.place | {"kind": kind, "point": k, "gain": gain, "margin": margin}
-                for k, (gain, margin) in enumerate(means)
-            ]
-    return pd.DataFrame(rows)
+            means = pd.DataFrame({"gain": _points(new).mean() - new[0].mean(), "margin": _points(old).mean()})
+            parts.append(means.rename_axis("point").reset_index().assign(**each.place, kind=kind))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def states(compared: Sequence[Comparison], *, resamples: int) -> pd.DataFrame:
@@ -199,17 +191,16 @@ def states(compared: Sequence[Comparison], *, resamples: int) -> pd.DataFrame:
     for each in compared:
         table, plain = at_equal_gain(each.courses), next(iter(each.courses))
         for kind, (old, new) in each.courses.items():
-            ends = [old.assign(end_margin=old[max(_points(old))])]
-            ends += [new.assign(end_gain=new[max(_points(new))] - new[0])]
-            ends += [table.assign(margin=table[kind], difference=table[kind] - table[plain])]
+            ends = {STATE[:1]: old.assign(end_margin=old[max(_points(old))])}
+            ends[STATE[1:2]] = new.assign(end_gain=new[max(_points(new))] - new[0])
+            ends[STATE[2:]] = table.assign(margin=table[kind], difference=table[kind] - table[plain])
             row = each.place | {"kind": kind, "n_prompts": table["prompt_id"].nunique()}
-            for part, names in zip(ends, (STATE[:1], STATE[1:2], STATE[2:]), strict=True):
+            for names, part in ends.items():
                 row |= _estimated(part, names, resamples=resamples)
             rows.append(row)
     found = _table(rows, ["kind", "n_prompts"], STATE)
     others = found[found.duplicated(["setting", "chain", "objective", "axis"])]
-    parts = [_corrected(part, ["difference"])["difference_p"] for _, part in others.groupby("axis")]
-    return found.assign(difference_p=pd.concat(parts) if parts else np.nan)
+    return found.assign(difference_p=adjusted(others, "difference", over=["axis"]))
 
 
 def opposition(compared: Sequence[Comparison], *, resamples: int) -> pd.DataFrame:
@@ -223,7 +214,7 @@ def opposition(compared: Sequence[Comparison], *, resamples: int) -> pd.DataFram
     """
     rows = []
     for each in compared:
-        if PROJECTED not in each.courses or each.axis != CAUSAL:
+        if PROJECTED not in each.courses or each.place["axis"] != CAUSAL:
             continue
         table = at_equal_gain(each.courses).rename(columns={"before": "learned"})
         table["lost"] = table[PLAIN] - table["learned"]
@@ -234,7 +225,8 @@ def opposition(compared: Sequence[Comparison], *, resamples: int) -> pd.DataFram
         table["beyond_under"] = table["beyond"] - band
         row = each.place | {"n_prompts": table["prompt_id"].nunique()}
         rows.append(row | _estimated(table, DECIDING, resamples=resamples))
-    found = _corrected(_table(rows, ["n_prompts"], DECIDING), DECIDING)
+    found = _table(rows, ["n_prompts"], DECIDING)
+    found = found.assign(**{f"{name}_p": adjusted(found, name) for name in DECIDING})
     return found.assign(verdict=[verdict(row) for row in found.to_dict("records")])
 
 
@@ -277,9 +269,9 @@ def direction(compared: Sequence[Comparison], *, resamples: int) -> pd.DataFrame
     """
     rows = []
     for each in compared:
-        if each.axis != CAUSAL:
+        if each.place["axis"] != CAUSAL:
             continue
-        left = {kind: _left(group, each.objective) for kind, group in each.groups.items()}
+        left = {kind: _left(group, each.place["objective"]) for kind, group in each.groups.items()}
         for kind in list(left)[1:]:
             table = pd.DataFrame({"plain": left[PLAIN], "change": left[kind] - left[PLAIN]})
             for split, part in table.groupby("split"):
@@ -296,24 +288,9 @@ def _left(group: Sequence[RunPaths], objective: str) -> pd.Series:
 
 
 def _estimated(table: pd.DataFrame, names: Sequence[str], *, resamples: int) -> dict[str, float]:
-    """Means of columns with their bounds."""
-    means = metrics.estimates(table, names, resamples=resamples, rng=np.random.default_rng(0))
-    row: dict[str, float] = {}
-    for name, column in zip(names, means.T, strict=True):
-        low, high = metrics.interval(column[1:])
-        row |= {name: column[0], f"{name}_low": low, f"{name}_high": high}
-    return row
+    return metrics.estimated(table, names, resamples=resamples, rng=np.random.default_rng(0))
 
 
 def _table(rows: list[dict[str, Any]], others: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
-    places = ["setting", "chain", "objective", "later_objective", "axis", "seeds", "within"]
-    bounds = [f"{name}{end}" for name in numbers for end in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=[*places, *others, *bounds]).astype(dict.fromkeys(bounds, float))
-
-
-def _corrected(table: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
-    """The table with p-values of columns, corrected over the rows that have a number (Holm)."""
-    for name in names:
-        known = table[table[name].notna()]
-        table = table.assign(**{f"{name}_p": pd.Series(contrasts.adjusted(known, name), known.index)})
-    return table
+    numbers = bounds(*numbers)
+    return pd.DataFrame(rows, columns=[*PLACE, *others, *numbers]).astype(dict.fromkeys(numbers, float))

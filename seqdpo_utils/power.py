@@ -7,7 +7,6 @@ prompts (`run_sd`). The rule is that of `metrics`: a 95 % interval must be clear
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from scipy import optimize, stats
 
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.conflict import LEVEL, NEGLIGIBLE
-from seqdpo_utils.metrics import DELTA, pair_measures, wide_margins
-from seqdpo_utils.paths import RunPaths, read_chain, read_json, read_scores, read_table
+from seqdpo_utils.metrics import DELTA, edges, followed, margins, over_seeds
+from seqdpo_utils.paths import RunPaths, read_chain, read_json, read_table
 
 POWER = 0.8
 """The chance of a verdict at which an effect counts as decidable."""
@@ -58,33 +57,27 @@ def spreads(runs: Sequence[RunPaths], *, beta: float) -> pd.DataFrame:
         (last minus first). For "within" and "matched", cosines of half batches, `prompts` are measurements,
         `prompt_sd` their SD and `half` the pairs in a half.
     """
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        chain, group = Chain.parse(run.chain), [each for each in runs if replace(each, seed=run.seed) == run]
-        for objective in chain.stages[0].objectives if chain.parent and group[0] == run else ():
-            place = {"setting": run.setting, "chain": run.chain, "objective": objective}
-            margins = _margins(group, objective, beta=beta)
-            first, end = (margins[name] for name in (chain.checkpoints[1], run.chain))
-            values = {"learned": first, "backward": end - first}
-            values |= {"over_lower": end - (1 - DELTA) * first, "over_upper": end - (1 + DELTA) * first}
-            mirror = [each.at(Chain(chain.stages[::-1])) for each in group]
-            plain = not any(stage.variants for stage in chain.stages) and chain.last != chain.stages[0]
-            if plain and set(mirror) <= set(runs):
-                values["order"] = _margins(mirror, objective, beta=beta)[mirror[0].chain] - end
-            for name, column in values.items():
-                table = column.unstack("seed")
-                size = {"quantity": name, "mean": float(column.mean())}
-                size |= {"prompts": len(table), "seeds": len(group)}
-                rows.append(place | size | components(table))
-            rows += [place | row for row in _cosines(group, objective)]
+    rows = []
+    for group, chain, objective in followed(over_seeds(runs)):
+        place = {"setting": group[0].setting, "chain": group[0].chain, "objective": objective}
+        by_prompt = _by_prompt(group, objective, beta=beta)
+        first, end = (by_prompt[name] for name in (chain.checkpoints[1], group[0].chain))
+        values = {"learned": first, "backward": end - first} | edges(first, end)
+        mirror = [run.at(Chain(chain.stages[::-1])) for run in group]
+        plain = not any(stage.variants for stage in chain.stages) and chain.last != chain.stages[0]
+        if plain and set(mirror) <= set(runs):
+            values["order"] = _by_prompt(mirror, objective, beta=beta)[mirror[0].chain] - end
+        for name, column in values.items():
+            table = column.unstack("seed")
+            size = {"mean": float(column.mean()), "prompts": len(table), "seeds": len(group)}
+            rows.append(place | {"quantity": name} | size | components(table))
+        rows += [place | row for row in _cosines(group, objective)]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 
-def _margins(group: Sequence[RunPaths], objective: str, *, beta: float) -> pd.DataFrame:
+def _by_prompt(group: Sequence[RunPaths], objective: str, *, beta: float) -> pd.DataFrame:
     """Mean held-out margins by prompt and seed (index), one column a checkpoint."""
-    parts = [pair_measures(read_scores(run), beta=beta).assign(seed=run.seed) for run in group]
-    wide = wide_margins(pd.concat(parts, ignore_index=True), objective)
-    return wide.groupby([wide["prompt_id"], wide.index.get_level_values("seed")]).mean(numeric_only=True)
+    return margins(group, objective, beta=beta).groupby(["prompt_id", "seed"]).mean()
 
 
 def _cosines(group: Sequence[RunPaths], objective: str) -> list[dict[str, Any]]:
@@ -210,23 +203,18 @@ def ways(typical: pd.DataFrame, *, prompts: int, seeds: int, scoring: float) -> 
     edge, gain = typical.loc["over_lower"], typical.loc["learned", "mean"]
     wider = edge * pd.Series({"prompt_sd": 2, "rest_sd": 2}).reindex(edge.index, fill_value=1)
     more = max(2 * seeds, 3)
-    plans = [
-        ("as it is", 1.0, (edge, prompts, seeds, gain), edge),
-        ("twice the held-out pairs", 1 + scoring, (edge, 2 * prompts, seeds, gain), edge),
-        (f"{more} seeds{' (about any run)' * (seeds == 1)}", more / seeds, (edge, prompts, more, gain), edge),
-        (
-            "twice the steps, if that doubles the gain (its spread the same to doubled)",
-            2 - scoring,
-            (edge, prompts, seeds, 2 * gain),
-            wider,
-        ),
-    ]
+    doubled = "twice the steps, if that doubles the gain (its spread the same to doubled)"
+    plans = {
+        "as it is": (1.0, prompts, seeds, gain, edge),
+        "twice the held-out pairs": (1 + scoring, 2 * prompts, seeds, gain, edge),
+        f"{more} seeds{' (about any run)' * (seeds == 1)}": (more / seeds, prompts, more, gain, edge),
+        doubled: (2 - scoring, prompts, seeds, 2 * gain, wider),
+    }
     rows = []
-    for way, cost, (spread, pairs, runs, gained), worst in plans:
-        size = {"prompts": pairs, "seeds": runs}
-        losses = [DELTA + smallest(each, **size) / gained for each in (spread, worst)]
-        rows.append({"way": way, "cost": cost, "loss": losses[0], "loss_at_worst": losses[1]})
-    table = pd.DataFrame(rows)
+    for way, (cost, pairs, runs, gained, worst) in plans.items():
+        found = [smallest(spread, prompts=pairs, seeds=runs) for spread in (edge, worst)]
+        rows.append((way, cost, *(DELTA + effect / gained for effect in found)))
+    table = pd.DataFrame(rows, columns=["way", "cost", "loss", "loss_at_worst"])
     fall = np.log(table["loss_at_worst"].iloc[0] / table["loss_at_worst"])
     paid = (fall / np.log(table["cost"].where(table["cost"] > 1))).round(9)
     return table.assign(**{"return": paid.mask((table.index == 2) & (seeds == 1))})

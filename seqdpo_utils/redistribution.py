@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.random import Generator
 
-from seqdpo_utils.metrics import DELTA, interval, resampled_means, wide_margins, widening
+from seqdpo_utils.metrics import DELTA, bounded, bounds, interval, resampled_means, wide_margins, widening
 
 UNCHANGED = 0.01
 """A policy margin that moved by at most so many nats a token, or within rounding, counts as unchanged."""
@@ -117,16 +117,15 @@ def quartiles(
         `change_high`, and `regression`: the most that regression to the mean can do to it (`_regression`).
         Without a row where a quartile has fewer than `MIN_QUARTILE` pairs, or there is one run to cross.
     """
-    columns = ["key", "measure", "quartile", "n_pairs", "change", "change_low", "change_high", "regression"]
-    sortings = _sortings(tables, key)
-    if not sortings:
+    columns = ["key", "measure", "quartile", "n_pairs", *bounds("change"), "regression"]
+    if not _sortings(tables, key):
         return pd.DataFrame(columns=columns)
     draws, regressed = _quarter_means(tables, key, resamples, rng), _regression(tables, key, shared)
-    measure = "margin" if KEYS[key][1] == "margin_change" else "policy_margin"
-    sizes = [len(part) for part in np.array_split(np.arange(len(tables[0])), 4)]
-    rows = [
-        (key, measure, k + 1, sizes[k], draws[0, k], *interval(draws[1:, k]), regressed[k]) for k in range(4)
-    ]
+    place = {"key": key, "measure": "margin" if KEYS[key][1] == "margin_change" else "policy_margin"}
+    rows = []
+    for k, part in enumerate(np.array_split(np.arange(len(tables[0])), 4)):
+        size = {"quartile": k + 1, "n_pairs": len(part), "regression": regressed[k]}
+        rows.append(place | size | bounded({"change": draws[:, k]}))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -142,11 +141,11 @@ def highest_minus_lowest(
     if not _sortings(tables, key):
         return None
     draws, regressed = _quarter_means(tables, key, resamples, rng), _regression(tables, key, shared)
-    gap, bound = draws[:, 3] - draws[:, 0], min(regressed[3] - regressed[0], 0.0)
-    low, high = interval(gap[1:])
-    found = {"lowest": draws[0, 0], "highest": draws[0, 3], "difference": gap[0]}
-    found |= {"difference_low": low, "difference_high": high, "regression": bound}
-    return found | {"reading": _reading(low, high, bound)}
+    found = {"lowest": draws[0, 0], "highest": draws[0, 3]}
+    found |= bounded({"difference": draws[:, 3] - draws[:, 0]})
+    bound = min(regressed[3] - regressed[0], 0.0)
+    reading = _reading(found["difference_low"], found["difference_high"], bound)
+    return found | {"regression": bound, "reading": reading}
 
 
 def _reading(low: float, high: float, bound: float) -> str:
@@ -161,12 +160,9 @@ def _sortings(tables: Sequence[pd.DataFrame], key: str) -> list[tuple[pd.DataFra
     """The table that sorts, the one that changed, and the place of the latter; none with too few pairs."""
     if len(tables[0]) < 4 * MIN_QUARTILE:
         return []
-    runs = enumerate(tables)
-    return [
-        (a, b, place)
-        for (other, a), (place, b) in itertools.product(list(runs), enumerate(tables))
-        if (other != place) == (key == CROSS)
-    ]
+    runs = list(enumerate(tables))
+    both = itertools.product(runs, runs)
+    return [(a, b, place) for (other, a), (place, b) in both if (other != place) == (key == CROSS)]
 
 
 def _quarter_means(tables: Sequence[pd.DataFrame], key: str, resamples: int, rng: Generator) -> np.ndarray:
@@ -299,10 +295,8 @@ def loss_pattern(line: np.ndarray, *, learned: float) -> dict[str, Any]:
     Returns:
         `slope`, `intercept` with bounds, and `pattern`.
     """
-    found: dict[str, Any] = {}
-    for name, both in zip(_LINE, line.T, strict=True):
-        found |= dict(zip((name, f"{name}_low", f"{name}_high"), (both[0], *interval(both[1:])), strict=True))
-    low, high, below, above = (found[f"{name}{end}"] for name in _LINE for end in ("_low", "_high"))
+    found = bounded(dict(zip(_LINE, line.T, strict=True)))
+    _, low, high, _, below, above = found.values()
     even, through_zero = low > 1 - DELTA and high < 1 + DELTA, max(-below, above) < DELTA * learned
     no_shift, no_share = high < 1 or low > 1, above < 0 or below > 0
     rules = {

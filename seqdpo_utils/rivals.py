@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from seqdpo_utils.metrics import interval, relative_wins, resampled_means
+from seqdpo_utils.metrics import bounded, bounds, estimated, relative_wins
 from seqdpo_utils.redistribution import pair_change
 
 _SUMS = ["chosen_logp", "rejected_logp"]
-_SPEARMAN = ("spearman", "spearman_low", "spearman_high")
+_SPEARMAN = bounds("spearman")
 
 
 def displacement(records: pd.DataFrame, *, resamples: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -42,20 +42,8 @@ def displacement(records: pd.DataFrame, *, resamples: int, rng: np.random.Genera
             moved["both_fell"] = (moved < 0).all(axis=1)
             row = {"objective": objective, "from_checkpoint": start, "to_checkpoint": end}
             row |= {"n_pairs": len(wide), "n_prompts": wide.index.nunique()}
-            rows.append(row | _with_bounds(moved, resamples=resamples, rng=rng))
+            rows.append(row | estimated(moved, list(moved), resamples=resamples, rng=rng))
     return pd.DataFrame(rows)
-
-
-def _with_bounds(measures: pd.DataFrame, *, resamples: int, rng: np.random.Generator) -> dict[str, float]:
-    """Mean of each column with its interval. `measures`: one row a pair or answer, indexed by prompt id."""
-    values = measures.to_numpy(dtype=float)
-    draws = resampled_means(values, measures.index, resamples=resamples, rng=rng)
-    row = {}
-    for name, column, drawn in zip(measures, values.T, draws.T, strict=True):
-        row |= dict(
-            zip((name, f"{name}_low", f"{name}_high"), (column.mean(), *interval(drawn)), strict=True)
-        )
-    return row
 
 
 def divergence_table(divergence: pd.DataFrame) -> pd.DataFrame:
@@ -109,16 +97,16 @@ def length_as_predictor(
         equal), `longer_chosen` (share of pairs whose chosen answer is the longer one, ties one half: the
         accuracy of that rule), `policy_accuracy` (at `after`), each with `_low` and `_high`.
     """
-    rows = []
+    rows, shares = [], ["longer_chosen", "policy_accuracy"]
     for objective, group in measures.groupby("objective", sort=False):
         pairs = pair_change(measures, objective, before=before, after=after).set_index("pair_id")
         scored = group[group["checkpoint"] == after].set_index("pair_id")
         pairs["longer"] = scored["chosen_tokens"] - scored["rejected_tokens"]
         pairs = pairs.set_index("prompt_id")
-        shares = {"longer_chosen": relative_wins(pairs["longer"]), "policy_accuracy": pairs["after"] > 0}
+        pairs["longer_chosen"], pairs["policy_accuracy"] = relative_wins(pairs["longer"]), pairs["after"] > 0
         row = {"objective": objective, "n_pairs": len(pairs)}
         row |= _rank_correlation(pairs, resamples=resamples, rng=rng)
-        rows.append(row | _with_bounds(pd.DataFrame(shares), resamples=resamples, rng=rng))
+        rows.append(row | estimated(pairs, shares, resamples=resamples, rng=rng))
     return pd.DataFrame(rows).astype(dict.fromkeys(_SPEARMAN, "Float64"))
 
 
@@ -133,4 +121,4 @@ def _rank_correlation(pairs: pd.DataFrame, *, resamples: int, rng: np.random.Gen
         drawn = values[:, np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])]
         if (np.ptp(drawn, axis=1) > 0).all():  # a draw of equal values has no ranks to correlate
             draws.append(np.corrcoef(stats.rankdata(drawn, axis=1))[0, 1])
-    return dict(zip(_SPEARMAN, (stats.spearmanr(*values).statistic, *interval(np.array(draws))), strict=True))
+    return bounded({"spearman": np.array([stats.spearmanr(*values).statistic, *draws])})

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,28 @@ def holm(p: np.ndarray) -> np.ndarray:
     steps = np.take_along_axis(p, order, axis=-1) * np.arange(m, 0, -1)
     adjusted = np.maximum.accumulate(steps, axis=-1).clip(max=1)
     return np.take_along_axis(adjusted, np.argsort(order, axis=-1), axis=-1)
+
+
+def units(seeds: int, prompts: int) -> int:
+    """What a mean over seeds and prompts was repeated over: the fewer of those that are several, else 1."""
+    return min((size for size in (seeds, prompts) if size > 1), default=1)
+
+
+def adjusted(table: pd.DataFrame, name: str, *, over: Sequence[str] = ()) -> pd.Series:
+    """p-values of a column of means, adjusted over the rows that have one (Holm); null in the others.
+
+    Args:
+        table: `seeds`, `n_prompts`, and the column with its bounds.
+        name: of the column.
+        over: columns; rows that differ in them are no family.
+    """
+    known = table[table[name].notna()]
+    counted = [units(*sizes) for sizes in zip(known["seeds"], known["n_prompts"], strict=True)]
+    values = (known[bound].to_numpy(dtype=float) for bound in metrics.bounds(name))
+    p = pd.Series(p_value(*values, df=np.array(counted) - 1), known.index)
+    for rows in known.groupby(list(over)).groups.values() if over else [known.index]:
+        p[rows] = holm(p[rows].to_numpy())
+    return p.reindex(table.index)
 
 
 def decided(outcomes: pd.Series) -> list[str]:
@@ -95,14 +118,11 @@ def _simulated_sides(first: np.ndarray, end: np.ndarray, *, rng: np.random.Gener
     `first`, `end`: (seeds, prompts, studies, objectives). Returns (2, 3, studies, objectives).
     """
     seeds, prompts, *cases = first.shape
-    contrasts = np.stack(
-        [first, end - (1 - metrics.DELTA) * first, end - (1 + metrics.DELTA) * first], axis=2
-    )
+    contrasts = np.stack([first, *metrics.edges(first, end).values()], axis=2)
     values = contrasts.reshape(seeds * prompts, -1)
     runs, asked = np.indices((seeds, prompts)).reshape(2, -1)
     draws = metrics.resampled_means(values, asked, seeds=runs, resamples=400, rng=rng)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    units = prompts if seeds == 1 else min(seeds, prompts)
-    p = p_value(values.mean(axis=0), low, high, df=units - 1).reshape(3, *cases)
+    p = p_value(values.mean(axis=0), low, high, df=units(seeds, prompts) - 1).reshape(3, *cases)
     side = np.sign(values.mean(axis=0)).reshape(3, *cases)
     return np.stack([side * (p <= 0.05), side * (holm(p) <= 0.05)])

@@ -235,6 +235,17 @@ def test_controls_have_a_line_among_the_cosines_and_a_bar_in_the_waterfall():
     assert fall.count('aria-roledescription="bar"') == 5 and charts.GREY in fall and SHUFFLED in fall
 
 
+def test_pairs_of_controls_are_grey_rings_behind_those_of_the_chain():
+    both = ghosted(*[changes()] * 3)
+    scatter = charts.pair_scatter(both, before="1 a", after="2 b", caption="n = 2.")
+    for chart in (scatter, charts.two_margins(both, at="2 b", caption="n = 2.")):
+        svg = svg_of(chart)
+        dot, ring = (f'aria-roledescription="{kind}"' for kind in ("circle", "point"))
+        assert svg.count(dot) == 2 and svg.count(ring) == 4 and svg.index(ring) < svg.index(dot)
+        assert all(kind in svg and f'stroke="{grey}"' in svg for kind, grey in charts.GHOSTS.items())
+    assert not any(kind in svg_of(figures()["pair_scatter"]) for kind in charts.GHOSTS)
+
+
 def test_a_chart_without_a_text_is_refused():
     with pytest.raises(ValueError, match="description"):
         charts.static_bundle(alt.Chart(pd.DataFrame({"x": [1]})).mark_point().encode(x="x").to_dict())

@@ -94,7 +94,9 @@ def judged(
 ) -> dict:
     options = {"start": start, "seeds": seeds, "noise": noise}
     courses = {kind: walked(way, k, **options) for k, (kind, way) in enumerate(ways.items())}
-    one = plasticity.Comparison("s", PLAIN, "a", "b", plasticity.CAUSAL, groups={}, courses=courses)
+    place = ("s", PLAIN, "a", "b", plasticity.CAUSAL, seeds, 0)
+    place = dict(zip(plasticity.PLACE, place, strict=True))
+    one = plasticity.Comparison(place, groups={}, courses=courses)
     (row,) = plasticity.opposition([one], resamples=400).to_dict("records")
     return row
 
@@ -222,7 +224,7 @@ def test_what_may_be_compared():
 def test_missing_chains_are_missing_rows(tmp_path):
     runs = plant(tmp_path, {PLAIN: [(0.2, 0.5)], f"{PLAIN}.placebo": [(0.2, 0.5)], "a-then-a": [(0.9, 0.1)]})
     compared = plasticity.comparisons(runs, beta=1.0)
-    assert [each.axis for each in compared] == [plasticity.CAUSAL]
+    assert [each.place["axis"] for each in compared] == [plasticity.CAUSAL]
     assert plasticity.opposition(compared, resamples=50).empty  # nothing was projected
     assert len(plasticity.states(compared, resamples=50)) == 2
     for empty in (
@@ -252,13 +254,6 @@ def test_states_along_the_reference(tmp_path):
     assert set(table["gain"].round(9)) == {0.4} and set(table["axis"]) == {plasticity.REFERENCE}
     assert np.isnan(table.loc["l = 0", "difference_p"]) and table.loc["l = 1", "difference_p"] <= 0.05
     assert table.loc["l = 1", "difference_low"] > 0 and (table["within"] == 0).all()
-
-
-def test_p_values_are_corrected_over_rows():
-    bounds = {"n_prompts": 30, "seeds": 1, "kept": 0.1, "kept_low": 0.005, "kept_high": 0.195}
-    one = plasticity._corrected(pd.DataFrame([bounds]), ["kept"])["kept_p"]
-    two = plasticity._corrected(pd.DataFrame([bounds, bounds, bounds | {"kept": np.nan}]), ["kept"])["kept_p"]
-    assert one[0] < 0.05 < two[0] and np.isnan(two[2])
 
 
 def test_the_direction_of_projected_steps(tmp_path):

@@ -95,3 +95,28 @@ def test_the_rule_rarely_errs_without_luck_of_a_run_and_often_with_it_unless_see
     assert (several["false_verdict"] <= 0.05).all() and (several["more_than_one"] <= 0.05).all()
     again = verdicts.null_rates(fates(seeds=5), rng=np.random.default_rng(0))
     pd.testing.assert_frame_equal(several, again)
+
+
+def test_p_values_are_adjusted_over_the_rows_of_a_family_that_have_a_number():
+    row = {"n_prompts": 30, "seeds": 1, "kept": 0.1, "kept_low": 0.005, "kept_high": 0.195}
+    table = pd.DataFrame([row, row, row | {"kept": np.nan}], index=[4, 5, 6]).assign(family=["x", "y", "y"])
+    (one,), two = (verdicts.adjusted(part, "kept") for part in (table.head(1), table))
+    assert one < 0.05 < two[4] == two[5] == 2 * one and np.isnan(two[6])
+    assert verdicts.adjusted(table, "kept", over=["family"]).tolist()[:2] == [one, one]
+    assert verdicts.adjusted(table.head(0), "kept").empty
+
+
+def test_several_seeds_count_as_few_as_they_are():
+    row = {"n_prompts": 30, "seeds": 3, "kept": 0.1, "kept_low": 0.005, "kept_high": 0.195}
+    p = verdicts.adjusted(
+        pd.DataFrame([row, row | {"seeds": 1}]).assign(family=[0, 1]), "kept", over=["family"]
+    )
+    assert p[0] == verdicts.p_value(0.1, 0.005, 0.195, df=2) != p[1]
+    assert p[1] == verdicts.p_value(0.1, 0.005, 0.195, df=29)
+    assert [verdicts.units(*sizes) for sizes in ((1, 30), (3, 30), (30, 3), (3, 1), (1, 1))] == [
+        30,
+        3,
+        3,
+        3,
+        1,
+    ]
