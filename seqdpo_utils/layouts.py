@@ -1,15 +1,18 @@
-"""Five public layouts of preference data, one kind of pair.
+"""Four public layouts of preference data and the common one of a user's own, one kind of pair.
 
 `Layout.convert` turns rows as the hub has them into pairs for one objective and counts the rows that it
 drops. A pair is a dictionary with `prompt` (a list of {"role", "content"}), `chosen`, `rejected`, and the
 source's ratings of the two where it has them (`chosen_rating`, `rejected_rating`).
 """
 
+import gzip
 import itertools
 import json
 import math
 import re
+import reprlib
 import statistics
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,10 +24,13 @@ from seqdpo_utils.errors import StudyError
 EMBEDDED = Path(__file__).parent / "embedded" / "rows"
 _HH_FOLDERS = {"helpful": "helpful-base", "harmless": "harmless-base"}
 _TURN = re.compile(r"\n\n(Human|Assistant):")
+_SCORES = ("score_chosen", "score_rejected")
 
 Row = dict[str, Any]
 Pair = dict[str, Any]
 Turns = list[dict[str, str]]
+Answers = tuple[Turns, list[str], list[dict[str, float | None]]]
+"""A prompt, the answers to it, and of each answer its ratings by aspect."""
 
 
 class Unusable(Exception):
@@ -37,12 +43,15 @@ class Layout:
 
     Args:
         name: what a setting calls it.
-        objectives: those that it carries labels for.
+        objectives: those that it carries labels for; none where each objective has a source of its own, and
+            any name.
         pair_of: a row (or a group of rows) and an objective to a pair, the higher rated answer as chosen;
             raises `Unusable`. A column that it does not find is reported by `convert`.
         grouped: rows to the groups that `pair_of` gets, where one pair takes several rows.
         folders: objective to the folder with its rows, where each objective has rows of its own.
         lower_is_better: objectives of which the lower rating is preferred.
+        answers_of: a row (or group) to all its rated answers; None where a row only says which is better.
+        fault: what is wrong with the form of a row, column and expectation named, or None.
     """
 
     name: str
@@ -51,6 +60,8 @@ class Layout:
     grouped: Callable[[Iterable[Row]], Iterable[Any]] = iter
     folders: dict[str, str] = field(default_factory=dict)
     lower_is_better: frozenset[str] = frozenset()
+    answers_of: Callable[[Any], Answers] | None = None
+    fault: Callable[[Row], str | None] = lambda row: None
 
     def convert(self, rows: Iterable[Row], objective: str) -> tuple[list[Pair], Counter]:
         """Pairs of one objective, and how many rows (or groups of rows) were dropped, by reason.
@@ -70,6 +81,25 @@ class Layout:
                 raise StudyError(f"layout {self.name} needs a column {key}; the rows have {found}.") from key
         return pairs, dropped
 
+    def rated_answers(self, rows: Iterable[Row]) -> list[Answers]:
+        """All rated answers of every row, a higher rating better on every objective; "N/A" is None.
+
+        Raises:
+            StudyError: when the rows of this layout carry no ratings, or lack a column.
+        """
+        if self.answers_of is None:
+            rated = ", ".join(layout.name for layout in LAYOUTS.values() if layout.answers_of)
+            raise StudyError(f"layout {self.name} has no ratings of answers; {rated} have.")
+        try:
+            found = [self.answers_of(row) for row in self.grouped(rows)]
+        except KeyError as key:
+            raise StudyError(f"layout {self.name} needs a column {key} for rated answers.") from key
+        return [(prompt, texts, list(map(self._higher_better, ratings))) for prompt, texts, ratings in found]
+
+    def _higher_better(self, ratings: dict[str, float | None]) -> dict[str, float | None]:
+        turned = {name for name in self.lower_is_better if ratings.get(name) is not None}
+        return ratings | {name: -ratings[name] for name in turned}
+
 
 def _trimmed(pair: Pair) -> Pair:
     sides = {side: (pair[side] or "").strip() for side in ("chosen", "rejected")}
@@ -85,7 +115,7 @@ def _turned(pair: Pair) -> Pair:
     return {re.sub("^(chosen|rejected)", lambda side: other[side[0]], name): pair[name] for name in pair}
 
 
-def label_noise(layout: str, *, source: str) -> dict[str, dict[str, str]]:
+def label_noise(layout: str, *, source: str | dict[str, Any]) -> dict[str, dict[str, str]]:
     """Which labels of the embedded rows are not what their answers were written for (`DATACARD.md`).
 
     Returns:
@@ -101,12 +131,13 @@ def label_noise(layout: str, *, source: str) -> dict[str, dict[str, str]]:
 
 def load_rows(
     root: Path,
-    source: str,
+    source: str | dict[str, Any],
     *,
     layout: str,
     objective: str,
     subset: str | None = None,
     revision: str | None = None,
+    split: str | None = None,
 ) -> list[Row]:
     """Read the rows with labels for `objective`, all splits of the source: the study divides prompts itself.
 
@@ -115,16 +146,19 @@ def load_rows(
 
     Args:
         root: the project's folder.
-        source: "embedded", a hub id, or a local file or folder (json, jsonl, parquet, also gzipped; relative
-            to the project).
+        source: "embedded", a hub id, or a local file or folder (json, jsonl, csv, also gzipped, or parquet;
+            relative to the project); or by objective such a `source` with its `subset`, `revision`, `split`.
         layout: one of `LAYOUTS`.
         objective: picks the folder where the layout has `folders`; elsewhere all objectives share the rows.
         subset: a folder inside the source; None takes the source's own default.
         revision: commit, tag or branch of the hub data set.
+        split: None reads all; "train", or a part such as "train[:1000]".
 
     Raises:
-        StudyError: when the place holds no readable rows, with the remedy.
+        StudyError: when the place holds no readable rows, with the remedy, or a row of another form.
     """
+    if isinstance(source, dict):
+        return load_rows(root, layout=layout, objective=objective, **source[objective])
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -136,26 +170,51 @@ def load_rows(
             f"{what} is one file; its rows are to lie in a folder {inside}: give the one above it."
         )
     if place.is_file():
-        where, options = _builder(place), {"data_files": str(place)}
+        where, options = _builder(place)
     else:
         where = str(place) if place.is_dir() else source
         options = {"data_dir": inside or None, "revision": revision}
     try:
+        if place.is_file() and where == "json":
+            _check_json(place)
         # a clone's README may state the sizes of the whole data set; a part of it is welcome: no checks
-        splits = load_dataset(where, verification_mode="no_checks", **options)
-        rows = [row for split in splits.values() for row in split.to_list()]
-    except (OSError, ValueError, RuntimeError, EOFError, StopIteration, DatasetsError) as error:
+        found = load_dataset(where, verification_mode="no_checks", split=split, **options)
+        rows = {name: part.to_list() for name, part in ({split: found} if split else found).items()}
+    except (OSError, ValueError, RuntimeError, EOFError, StopIteration, DatasetsError, zlib.error) as error:
         raise StudyError(f"{what} could not be read: {_why_unreadable(error, source)}") from error
-    if not rows:
+    if not any(rows.values()):
         raise StudyError(f"{what} has no rows.")
-    return rows
+    for name, part in rows.items():
+        for number, row in enumerate(part, 1):
+            if fault := LAYOUTS[layout].fault(row):
+                of_split = f" of split {name!r}" if len(rows) > 1 else ""
+                raise StudyError(f"{what}, row {number}{of_split}: {fault}.")
+    return [row for part in rows.values() for row in part]
 
 
-def _builder(file: Path) -> str:
-    name = file.name.removesuffix(".gz")
-    if not name.endswith((".json", ".jsonl", ".parquet")):
-        raise StudyError(f"{file} is not a .json, .jsonl or .parquet file (also .gz).")
-    return "parquet" if name.endswith(".parquet") else "json"
+def _check_json(file: Path) -> None:
+    """Refuse by its line what is no object: Arrow counts in blocks of its own, and dies of a null."""
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as text:
+        content = text.read()
+    pieces = [content] if content.lstrip().startswith("[") else content.split("\n")
+    for number, piece in enumerate(pieces, 1):
+        try:
+            found = json.loads(piece) if piece.strip() else []
+        except json.JSONDecodeError as error:
+            place = f"line {number + error.lineno - 1}, character {error.colno}"
+            raise ValueError(f"{place}: {error.msg}") from None
+        for value in found if isinstance(found, list) else [found]:
+            if not isinstance(value, dict):
+                raise ValueError(f"line {number}: expected an object {{...}}, got {reprlib.repr(value)}")
+
+
+def _builder(file: Path) -> tuple[str, dict[str, Any]]:
+    """What reads a file, and how; in a csv file an empty cell is missing, and "None" or "NA" are words."""
+    kind = Path(file.name.removesuffix(".gz")).suffix.replace("jsonl", "json")
+    if kind not in (".json", ".csv", ".parquet") or file.name.endswith(".parquet.gz"):
+        raise StudyError(f"{file} is not a .json, .jsonl, .csv (also .gz) or .parquet file.")
+    words = {"keep_default_na": False, "na_values": [""]} if kind == ".csv" else {}
+    return kind.removeprefix("."), {"data_files": str(file)} | words
 
 
 def _why_unreadable(error: Exception, source: str) -> str:
@@ -245,36 +304,112 @@ def ultrafeedback_pair(row: Row, objective: str) -> Pair:
     Ratings are strings; "N/A" is missing, never a number. Among equals the first in the row is taken.
     Source: Cui et al. 2023, arXiv 2310.01377.
     """
-    prompt, completions = _question(row["instruction"]), row["completions"] or []
-    aspects = [(answer["annotations"] or {}).get(objective) or {} for answer in completions]
-    ratings = [_rating(aspect.get("Rating")) for aspect in aspects]
-    usable = [(r, c["response"]) for r, c in zip(ratings, completions, strict=True) if r is not None]
+    prompt, responses, ratings = ultrafeedback_answers(row)
+    rated = zip((each[objective] for each in ratings), responses, strict=True)
+    usable = [answer for answer in rated if answer[0] is not None]
     if len(usable) < 2:
         raise Unusable("fewer than two usable ratings")
     best, worst = (pick(usable, key=lambda answer: answer[0]) for pick in (max, min))
     return _rated(prompt, best, worst)
 
 
-def ultrafeedback_binarized_pair(row: Row, objective: str) -> Pair:
-    """UltraFeedback in its binarized form: two message lists that differ in their last turn, one score each.
+def preferences_pair(row: Row, objective: str) -> Pair:
+    """TRL's standard preference format: `chosen` and `rejected` as texts or messages, `prompt` or none.
 
-    The lists say which answer was preferred; the scores are kept as ratings, and a pair whose scores are
-    equal or the other way round is dropped. The only objective is "overall": a setting needs two, so these
-    rows can be read and converted, but are no setting of their own. Source: Tunstall et al. 2023, arXiv
-    2310.16944.
+    Without `prompt` it is what comes before the last message; a plain text is divided only where it is a
+    transcript of "Human:" and "Assistant:" turns. Answers that repeat the prompt are taken without it. Where
+    `score_chosen` and `score_rejected` are given they are kept as ratings.
     """
-    chosen, rejected = (_messages(row[side] or []) for side in ("chosen", "rejected"))
-    scores = [_rating(row["score_chosen"]), _rating(row["score_rejected"])]
+    row = _chosen_and_rejected(row)
+    if not (row["chosen"] and row["rejected"]):
+        raise Unusable("empty prompt or response")
+    asked, talks = _messages(row.get("prompt"), "user"), []
+    for answer in (row["chosen"], row["rejected"]):
+        whole = isinstance(answer, str) and not asked
+        turns = parse_transcript(answer) if whole else _messages(answer, "assistant")
+        talks.append(turns if turns[: len(asked)] == asked else asked + turns)
+    chosen, rejected = talks
+    for turns in talks:
+        roles = [turn["role"] for turn in turns]
+        roles = roles[roles[:1] == ["system"] :]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+            raise Unusable("messages do not alternate between user and assistant")
     if chosen[:-1] != rejected[:-1]:
         raise Unusable("messages differ before the last turn")
-    if None not in scores and scores[0] < scores[1]:
+    if not all(turn["content"] for turn in chosen):
+        raise Unusable("empty prompt or response")
+    answers = (chosen[-1]["content"], rejected[-1]["content"])
+    scores = [_rating(row.get(name)) for name in _SCORES]
+    if None in scores:
+        return {"prompt": chosen[:-1], "chosen": answers[0], "rejected": answers[1]}
+    if scores[0] < scores[1]:
         raise Unusable("scores contradict the choice")
-    return _rated(chosen[:-1], (scores[0], chosen[-1]["content"]), (scores[1], rejected[-1]["content"]))
+    return _rated(chosen[:-1], *zip(scores, answers, strict=True))
 
 
-def _messages(turns: Turns) -> Turns:
-    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
-        raise Unusable("messages do not end with a user's turn and its answer")
+def _chosen_and_rejected(row: Row) -> Row:
+    """A row that names two responses and a label, as nvidia/HelpSteer3 (below zero the first is better) and
+    PKU-Alignment/PKU-SafeRLHF-single-dimension do, in the standard format; any other row as it is."""
+    if "overall_preference" in row:
+        prompt, names, label = row["context"], ("response1", "response2"), _rating(row["overall_preference"])
+    elif "better_response_id" in row and "safer_response_id" not in row:
+        prompt, names = row["prompt"], ("response_0", "response_1")
+        label = {0: -1, 1: 1}.get(_rating(row["better_response_id"]))
+    else:
+        return row
+    if not label:
+        raise Unusable("tie on the objective" if label == 0 else "rating is missing")
+    rejected, chosen = (row[name] for name in (names if label > 0 else reversed(names)))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def preferences_fault(row: Row) -> str | None:
+    """What keeps a row from being one of the standard preference format, whatever its texts say."""
+    try:
+        row = _chosen_and_rejected(row)
+        texts = {"prompt": row.get("prompt"), "chosen": row["chosen"], "rejected": row["rejected"]}
+    except Unusable:
+        return None
+    except KeyError as key:
+        return f"no column {key}, where prompt, chosen and rejected are expected; it has {', '.join(row)}"
+    for name, value in texts.items():
+        if not (value is None or isinstance(value, str) or _are_messages(value)):
+            wanted = 'text, or a list of messages {"role": ..., "content": ...} with texts in them'
+            return f"column {name!r}: expected {wanted}, got {reprlib.repr(value)}"
+    for name in _SCORES:
+        if not isinstance(row.get(name), int | float | None):
+            return f"column {name!r}: expected a number or null, got {reprlib.repr(row[name])}"
+    if "prompt" not in row and isinstance(row["chosen"], str) and not _TURN.match(row["chosen"]):
+        why = "where the prompt ends cannot be told from texts that begin alike"
+        return f"no column 'prompt', and 'chosen' is plain text: {why}. Give a column 'prompt', or messages"
+    return None
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether a value is a list of {"role": text, "content": text or null}."""
+    turns = value if isinstance(value, list) else [None]
+    named = [turn for turn in turns if isinstance(turn, dict) and isinstance(turn.get("role"), str)]
+    texts = (isinstance(turn.get("content", 0), str | None) for turn in named)
+    return len(named) == len(turns) and all(texts)
+
+
+def ultrafeedback_answers(row: Row) -> Answers:
+    """openbmb/UltraFeedback: every completion with its ratings on all aspects."""
+    completions, ratings = row["completions"] or [], []
+    for answer in completions:
+        aspects = answer["annotations"] or {}
+        ratings.append({name: _rating((aspects.get(name) or {}).get("Rating")) for name in _ULTRAFEEDBACK})
+    return _question(row["instruction"]), [answer["response"] for answer in completions], ratings
+
+
+def helpsteer2_answers(rows: list[Row]) -> Answers:
+    """nvidia/HelpSteer2: the responses to one prompt with their ratings on all five attributes."""
+    ratings = [{name: _rating(row.get(name)) for name in _HELPSTEER2} for row in rows]
+    return extra_id_turns(rows[0]["prompt"] or ""), [row["response"] for row in rows], ratings
+
+
+def _messages(value: str | Turns | None, role: str) -> Turns:
+    turns = [{"role": role, "content": value}] if isinstance(value, str) else value or []
     return [{"role": turn["role"], "content": (turn["content"] or "").strip()} for turn in turns]
 
 
@@ -308,10 +443,17 @@ _ULTRAFEEDBACK = ("instruction_following", "truthfulness", "honesty", "helpfulne
 _LOWER = frozenset({"verbosity"})
 _ALL = [
     Layout("hh_rlhf", tuple(_HH_FOLDERS), hh_pair, folders=_HH_FOLDERS),
-    Layout("helpsteer2", _HELPSTEER2, helpsteer2_pair, grouped=consecutive_answers, lower_is_better=_LOWER),
+    Layout(
+        "helpsteer2",
+        _HELPSTEER2,
+        helpsteer2_pair,
+        grouped=consecutive_answers,
+        lower_is_better=_LOWER,
+        answers_of=helpsteer2_answers,
+    ),
     Layout("pku_saferlhf", ("helpful", "safe"), pku_pair),
-    Layout("ultrafeedback", _ULTRAFEEDBACK, ultrafeedback_pair),
-    Layout("ultrafeedback_binarized", ("overall",), ultrafeedback_binarized_pair),
+    Layout("ultrafeedback", _ULTRAFEEDBACK, ultrafeedback_pair, answers_of=ultrafeedback_answers),
+    Layout("preferences", (), preferences_pair, fault=preferences_fault),
 ]
 LAYOUTS = {layout.name: layout for layout in _ALL}
 """Every layout by its name."""

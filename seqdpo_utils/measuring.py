@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -92,6 +92,9 @@ class MeasuringDPOTrainer(DPOTrainer):
             number.
     """
 
+    MEASURED: ClassVar = ("conflict_records", "ledger_records", "ledger_pair_records")
+    """What a checkpoint keeps of the measurements, so that a resumed stage has them all."""
+
     def __init__(self, model: Any, *, look_back: LookBack, **options: Any) -> None:
         super().__init__(model, **options)
         look_back.check_sizes()
@@ -133,15 +136,23 @@ class MeasuringDPOTrainer(DPOTrainer):
             self._metrics["train" if self.model.training else "eval"].pop(name, None)
         return loss
 
+    def rows_in(self, batch: dict[str, Any]) -> int:
+        """How many rows of the training set a collated batch holds."""
+        return len(batch["ref_chosen_logps"])
+
+    def reference_rows(self) -> Dataset:
+        """The training set as pairs, with the sums that serve it as reference."""
+        return self.train_dataset
+
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Tensor]], Any]:
         batches, items = super().get_batch_samples(*args)
-        self._pairs_in_step = sum(len(batch["ref_chosen_logps"]) for batch in batches)
+        self._pairs_in_step = sum(map(self.rows_in, batches))
         return batches, items
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         # transformers divides each micro-batch's mean by the number of micro-batches, so that the pairs of a
         # short one would count more; where all are full this is that number
-        self.current_gradient_accumulation_steps = self._pairs_in_step / len(inputs["ref_chosen_logps"])
+        self.current_gradient_accumulation_steps = self._pairs_in_step / self.rows_in(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step + 1
         if not torch.isfinite(loss):
@@ -316,8 +327,9 @@ def turned(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_tokens(row: dict[str, Any]) -> int:
-    """Length of a pair's row `[prompt, chosen, rejected]` in tokens."""
-    return len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+    """Length of the row `[prompt, chosen, rejected]`, or of a list's `[prompt, answers]`, in tokens."""
+    answers = row["completions"] if "completions" in row else (row["chosen_ids"], row["rejected_ids"])
+    return len(row["prompt_ids"]) + sum(map(len, answers))
 
 
 class LengthGrouped(torch.utils.data.Sampler):

@@ -42,6 +42,16 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
+def pair_hash(prompt: str, chosen: str, rejected: str) -> str:
+    """Id of a pair: hash of its prompt (as JSON) and its two texts."""
+    return _hash(prompt, chosen, rejected)
+
+
+def prompt_hash(prompt: list[dict[str, str]]) -> str:
+    """Id of a prompt: equal for prompts that are equal after normalisation."""
+    return _hash(*(f"{turn['role']}:{normalise(turn['content'])}" for turn in prompt))
+
+
 def pairs_of(rows: list[dict[str, Any]], *, layout: str, objective: str) -> tuple[pd.DataFrame, Counter]:
     """Pairs of one objective as a table without splits, and the rows dropped by reason.
 
@@ -55,8 +65,7 @@ def pairs_of(rows: list[dict[str, Any]], *, layout: str, objective: str) -> tupl
         what = f"{len(rows)} rows of layout {layout}; dropped: {dict(counts)}"
         raise StudyError(f"no usable pair for objective {objective!r} in {what}.")
     table = pd.DataFrame(pairs).assign(objective=objective, removed_turns=0)
-    talks = [[f"{turn['role']}:{normalise(turn['content'])}" for turn in talk] for talk in table["prompt"]]
-    table["prompt_id"] = [_hash(*talk) for talk in talks]
+    table["prompt_id"] = list(map(prompt_hash, table["prompt"]))
     table["prompt"] = [json.dumps(prompt, ensure_ascii=False) for prompt in table["prompt"]]
     table, counts["the same pair again"] = _identified(table)
     return table.reindex(columns=[name for name in COLUMNS if name != "split"]), +counts
@@ -65,7 +74,7 @@ def pairs_of(rows: list[dict[str, Any]], *, layout: str, objective: str) -> tupl
 def _identified(table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """Give every pair the hash of its texts, keep the first of equal ones, count the others."""
     texts = zip(table["prompt"], table["chosen"], table["rejected"], strict=True)
-    kept = table.assign(pair_id=list(itertools.starmap(_hash, texts))).drop_duplicates("pair_id")
+    kept = table.assign(pair_id=list(itertools.starmap(pair_hash, texts))).drop_duplicates("pair_id")
     return kept.reset_index(drop=True), len(table) - len(kept)
 
 

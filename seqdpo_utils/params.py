@@ -5,6 +5,7 @@ A value is wrong before any compute, or it is right: unknown keys, wrong types a
 here with the file, the key, the value and what is allowed.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -20,8 +21,22 @@ from seqdpo_utils.layouts import LAYOUTS
 
 EMBEDDED_MODELS = ("models/smollm2-135m-instruct", "models/tiny-random-llama")
 """Values of `base_model` that `seqdpo_utils.models.prepare_model` builds."""
+NEEDS_PAIRS = (
+    "flipped",
+    "shuffled_labels",
+    "train_share",
+    "replay",
+    "reference",
+    "loss_type",
+    "loss_weights",
+)
+"""Parameters of a stage that say nothing about rated lists."""
+NEEDS_LISTS = ("lambda_weights", "lambda_in_prompt", "rating_temperature", "schedule_pairs")
+"""Parameters of a stage that say nothing about pairs."""
 NEEDS_EARLIER = ("reference", "replay", "projection", "prompts_across_stages")
 """Parameters of a stage that mean nothing where no stage came before."""
+TAKEN = ("base", "data", "scores", "notebooks")
+"""Names that no objective can have: the base model's, and those of folders beside the chains'."""
 LOSSES = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -65,9 +80,15 @@ class Training(_Checked):
     flipped: Share
     shuffled_labels: bool
     reference: NotNegative
+    beta_factor: Positive
     replay: BelowOne
     projection: Literal["earlier", "placebo"] | None
     prompts_across_stages: Literal["shared", "disjoint"]
+    lambdas: Literal["fixed", "uniform", "grid", "dirichlet", "learned"] | None
+    lambda_weights: list[Share] | None
+    lambda_in_prompt: bool
+    rating_temperature: Positive
+    schedule_pairs: Annotated[int, Field(ge=2)]
 
 
 class Model(_Checked):
@@ -109,10 +130,32 @@ class Scale(Model, Training):
     resamples: Annotated[int, Field(ge=100)]
 
 
-class Setting(_Checked):
-    """What is learned: data source and objectives (`params/settings/<setting>.yaml`)."""
+def _place(written: Any) -> Any:
+    return written if isinstance(written, dict) else {"source": written}
+
+
+class Place(_Checked):
+    """Where the rows of one objective are read, relative to the project; all splits where none is named."""
 
     source: Annotated[str, Field(min_length=1)]
+    subset: Folder | None = None
+    revision: str | None = None
+    split: str | None = None
+
+
+class Places(_Checked):
+    """Objectives as a setting may write them: each with its source, alone or as a `Place`."""
+
+    objectives: dict[Name, Annotated[Place, BeforeValidator(_place)]]
+
+
+class Setting(_Checked):
+    """What is learned: data source and objectives (`params/settings/<setting>.yaml`).
+
+    Where `objectives` is a mapping there, it is `Places`; here `source` then has the place of each by name.
+    """
+
+    source: Annotated[str, Field(min_length=1)] | dict[str, dict[str, str | None]]
     subset: Folder | None
     revision: str | None
     layout: str
@@ -144,7 +187,15 @@ class Parameters(Scale, Setting):
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout: {self.layout!r} is not one of {', '.join(LAYOUTS)}")
         known = LAYOUTS[self.layout].objectives
-        unknown = [name for name in self.objectives if name not in known]
+        unknown = [name for name in self.objectives if known and name not in known]
+        places = self.source if isinstance(self.source, dict) else {}
+        lacking = [name for name in self.objectives if name not in places]
+        taken = [name for name in self.objectives if name in TAKEN]
+        if taken:
+            raise ValueError(f"objectives: {taken[0]!r} is a name of the study's own: choose another")
+        if lacking and (places or not known):
+            wanted = f"objectives: {{{lacking[0]}: ../mine/{lacking[0]}.jsonl, ...}}"
+            raise ValueError(f"layout {self.layout}: {lacking[0]!r} has no source of its own; write {wanted}")
         if unknown:
             choice = ", ".join(known)
             raise ValueError(f"unknown objective {unknown[0]!r} for layout {self.layout}; it has {choice}")
@@ -154,10 +205,11 @@ class Parameters(Scale, Setting):
 
 
 class Design(_Checked):
-    """Which chains a study runs, and the notebook that compares them."""
+    """Which chains a study runs, the notebook that compares them, and if several answers must be rated."""
 
     chains: Annotated[list[str], Field(min_length=1)]
     notebook: Annotated[str, Field(pattern=r"^[0-9]{2}_[a-z0-9_]+$")] | None = None
+    needs_ratings: bool = False
 
 
 SHAPING = (*Model.model_fields, *Training.model_fields, "seed")
@@ -255,7 +307,7 @@ def resolve(
     values, origin = _layers(root, scale=scale, setting=setting, overrides=overrides or {})
     values |= {"scale": scale, "setting": setting, "chain": chain, "seed": seed}
     plain = _validated(values, origin)
-    if "source" not in (overrides or {}):
+    if "source" not in (overrides or {}) and isinstance(plain.source, str):
         values["source"] = source_of(root, rows=plain.rows, hub_id=plain.source)
         plain = plain.model_copy(update={"source": values["source"]})
     return for_chain(root, plain, chain) if chain else plain
@@ -295,14 +347,26 @@ def _layers(
         if unknown:
             known = ", ".join(kind.model_fields)
             raise StudyError(f"{file}: {unknown[0]}: unknown key; the known keys are {known}.")
+        if isinstance(content.get("objectives"), dict):
+            content = _with_places(content, file)
         values |= content
         origin |= dict.fromkeys(content, str(file))
     return values | overrides, origin | dict.fromkeys(overrides, "the command line")
 
 
-def _validated(values: dict[str, Any], origin: dict[str, str]) -> Parameters:
+def _with_places(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A setting whose objectives have sources of their own in the form of every other one."""
+    shared = {"source": None, "subset": None, "revision": None}
+    if twice := [key for key in shared if key in content]:
+        raise StudyError(f"{file}: {twice[0]}: leave it out; each objective has a source of its own.")
+    checked = _validated({"objectives": content["objectives"]}, {"objectives": str(file)}, Places)
+    places = checked.model_dump()["objectives"]
+    return shared | content | {"objectives": list(places), "source": places}
+
+
+def _validated(values: dict[str, Any], origin: dict[str, str], kind: type[_Checked] = Parameters) -> Any:
     try:
-        return Parameters.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise StudyError("\n".join(_explain(fault, origin) for fault in error.errors())) from error
 
@@ -326,8 +390,27 @@ def _check_effect(plain: Parameters, shaped: Parameters, chain: Chain) -> None:
             raise StudyError(
                 f"chain '{chain}': {name} = {value!r} needs a stage before, and this is the first one."
             )
+    changed = [name for name, value in dict(shaped).items() if value != getattr(plain, name)]
+    for name in changed:
+        if name in (NEEDS_PAIRS if shaped.lambdas else NEEDS_LISTS):
+            needs = "pairs, and this stage trains on rated lists" if shaped.lambdas else "a listwise stage"
+            raise StudyError(f"chain '{chain}': {name} = {getattr(shaped, name)!r} needs {needs}.")
+    _check_lambdas(shaped, chain)
     if chain.last.variants and shaped == plain:
         raise StudyError(f"chain '{chain}': the variants of '{chain.last}' change nothing; leave them out.")
+
+
+def _check_lambdas(shaped: Parameters, chain: Chain) -> None:
+    """Refuse a listwise stage without ratings, or whose weights are no shares of its objectives."""
+    if not shaped.lambdas:
+        return
+    if LAYOUTS[shaped.layout].answers_of is None:
+        rated = ", ".join(name for name, layout in LAYOUTS.items() if layout.answers_of)
+        raise StudyError(f"chain '{chain}': layout {shaped.layout} has no ratings of answers; {rated} have.")
+    names, weights = chain.last.objectives, shaped.lambda_weights
+    if weights and (len(weights) != len(names) or not math.isclose(sum(weights), 1, abs_tol=1e-6)):
+        wanted = f"{len(names)} shares of sum one, for {', '.join(names)}"
+        raise StudyError(f"chain '{chain}': lambda_weights = {weights} must be {wanted}.")
 
 
 def from_notebook(root: Path, namespace: dict[str, Any]) -> Parameters:
@@ -429,13 +512,16 @@ def chosen_chains(
     settings = list(settings)
     found: dict[str, list[Chain]] = {each.setting: [] for each in settings}
     for design in designs:
-        templates = read_design(root, design).chains
-        for each in settings:
-            found[each.setting] += expand(templates, each.objectives)[0]
-        if not any(expand(templates, each.objectives)[0] for each in settings):
-            raise StudyError(
-                f"design {design!r} ({', '.join(templates)}) needs more objectives than a setting has."
+        asked = read_design(root, design)
+        fit = [each for each in settings if not asked.needs_ratings or LAYOUTS[each.layout].answers_of]
+        chains = {each.setting: expand(asked.chains, each.objectives)[0] for each in fit}
+        if not any(chains.values()):
+            needed = (
+                "more objectives than a setting has" if fit else "settings whose layout rates several answers"
             )
+            raise StudyError(f"design {design!r} ({', '.join(asked.chains)}) needs {needed}.")
+        for setting, wanted in chains.items():
+            found[setting] += wanted
     for chain in map(Chain.parse, named):
         takers = [each for each in settings if set(chain.objectives) <= set(each.objectives)]
         if not takers:

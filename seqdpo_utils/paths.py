@@ -68,6 +68,31 @@ class RunPaths:
         return self.folder / "data" / f"{objective}.parquet"
 
     @property
+    def lists(self) -> Path:
+        """Rated lists on the training prompts, where the layout has ratings of several answers."""
+        return self.folder / "lists" / "answers.parquet"
+
+    @property
+    def list_pairs(self) -> Path:
+        """The same lists cut into pairs, the form in which they are scored."""
+        return self.folder / "lists" / "by_twos.parquet"
+
+    @property
+    def list_scores(self) -> Path:
+        """The base model's records of the lists, cut into pairs."""
+        return self.folder / "lists" / "base.parquet"
+
+    @property
+    def lambdas(self) -> Path:
+        """Lambda of every list of a listwise stage, with its `step`."""
+        return self.node / "lambdas.parquet"
+
+    @property
+    def schedule(self) -> Path:
+        """What the steps of a learned schedule did to held-out margins; empty for the other kinds."""
+        return self.node / "schedule.parquet"
+
+    @property
     def start(self) -> Path:
         """The adapter before training, which every chain of this seed begins with."""
         return self.root / self.scale / "start" / f"seed-{self.seed}" / "adapter"

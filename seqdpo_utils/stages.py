@@ -7,14 +7,12 @@ model unless a variant says otherwise.
 
 import copy
 import hashlib
-import itertools
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,12 @@ from trl import DPOConfig, DPOTrainer
 
 from seqdpo_utils.chains import THEN, Chain
 from seqdpo_utils.divergence import base_divergence
-from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.errors import StudyError
+from seqdpo_utils.lists import Told
+from seqdpo_utils.listwise import ListwiseTrainer
 from seqdpo_utils.measuring import LookBack, MeasuringDPOTrainer, share_prompts
 from seqdpo_utils.models import (
     compute_device,
-    fingerprints,
     hash_files,
     load_adapter,
     load_base,
@@ -42,11 +40,12 @@ from seqdpo_utils.models import (
     save_adapter,
     start_adapter,
 )
-from seqdpo_utils.pairs import encode_table, part_of, replay, shuffle_labels, turn_labels
+from seqdpo_utils.pairs import encode_table
 from seqdpo_utils.params import SHAPING, Parameters, varied
-from seqdpo_utils.paths import RunPaths, check_trained, read_json, read_table, write_table, write_whole
-from seqdpo_utils.records import records_of, score_files
+from seqdpo_utils.paths import RunPaths, read_json, read_table, write_table, write_whole
+from seqdpo_utils.records import score_files
 from seqdpo_utils.scoring import CHECKED_ROWS, PromptRow, Scorer, rounding, sequence_logp
+from seqdpo_utils.stage_data import SUMS, StageData, stage_seed
 
 logging.getLogger("trl").setLevel(logging.ERROR)
 
@@ -60,156 +59,7 @@ tokens a pair, differed by at most 8e-6 and 0.19 a square root."""
 CHECKPOINT_SECONDS = 60.0
 """Least time between two checkpoints of an unfinished stage."""
 _MEASURED = "measured.json"  # written last, so a checkpoint that has it is whole
-_TABLES = ("conflict_records", "ledger_records", "ledger_pair_records")
 _STOPPED = "Training stopped before its first step."
-_SUMS = ["chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"]
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What a stage trains on and looks back at.
-
-    Attributes:
-        rows: the stage's pairs as token ids, with the base model's sums as reference.
-        reference: these sums as a table, in the same order.
-        earlier: (earlier objective, split) to its pairs of "train" and, held out, of "probe", with their own
-            labels and the base model's sums.
-        fingerprints: of data, base model, tokenizer and dtype.
-    """
-
-    rows: Dataset
-    reference: pd.DataFrame
-    earlier: dict[tuple[str, str], Dataset] = field(default_factory=dict)
-    fingerprints: dict[str, str] = field(default_factory=dict)
-
-
-def prepare_stage(root: Path, run: RunPaths, tokenizer: Any, *, parameters: Parameters) -> StageData:
-    """The pairs of the last stage of a chain, and those of its earlier objectives, from the run's files.
-
-    Raises:
-        StudyError: when the base sums belong to other data, weights, tokens or dtype, an earlier stage was
-            trained with other parameters, or a variant leaves nothing to do.
-    """
-    chain = Chain.parse(run.chain)
-    prints = check_fingerprints(root, run, tokenizer, parameters=parameters)
-    if chain.parent:
-        changes = varied(root, chain.last)
-        check_trained(run.at(chain.parent), dict(parameters), varied=changes)
-    pairs = training_pairs(run, dict(parameters))
-    earlier = {}
-    for objective, split in itertools.product(chain.earlier, ("train", "probe")):
-        if len(table := with_sums(run, objective, splits=[split])):
-            rows = training_rows(encode_table(tokenizer, table), table)
-            named = {name: table[name].tolist() for name in ("pair_id", "prompt_id")}
-            earlier[objective, split] = Dataset.from_dict(rows.to_dict() | named)
-    return StageData(training_rows(encode_table(tokenizer, pairs), pairs), pairs, earlier, prints)
-
-
-def check_fingerprints(
-    root: Path, run: RunPaths, tokenizer: Any, *, parameters: Parameters
-) -> dict[str, str]:
-    """Refuse base sums that were computed for other data, weights, tokens or dtype; return the fingerprints.
-
-    Raises:
-        StudyError: naming what differs.
-    """
-    prepared = read_json(run.preparation)
-    tables = {objective: read_table(run.data(objective)) for objective in prepared["counts"]}
-    now, then = fingerprints(root, tables, tokenizer, parameters=parameters), prepared["fingerprints"]
-    for name in now:
-        if then.get(name) != now[name]:
-            was = f"{name} was {then.get(name)}, now {now[name]}"
-            raise StudyError(f"{run.base_scores} is stale: {was}. Run 01_data_preparation again.")
-    return now
-
-
-def with_sums(run: RunPaths, objective: str, *, splits: Collection[str] = ("train",)) -> pd.DataFrame:
-    """Pairs of an objective with the base model's sums and token counts beside their texts."""
-    pairs = read_table(run.data(objective)).query("split in @splits").reset_index(drop=True)
-    return pairs.join(records_of(read_table(run.base_scores), pairs)[_SUMS])
-
-
-def stage_seed(chain: str, seed: int) -> int:
-    """Seed of the draws of a chain's last stage.
-
-    Every stage has its own: with one for all, stages that share prompts would meet them in one order.
-    """
-    return 1000 * seed + chain.count(THEN) + 1
-
-
-def training_pairs(run: RunPaths, shaping: Mapping[str, Any]) -> pd.DataFrame:
-    """The pairs that the last stage of a chain trains on, as it sees them, with the base model's sums.
-
-    The pairs of its objectives are pooled, a share of them is taken, labels are turned, and pairs of earlier
-    stages, as those stages saw them, take the place of some. A stage with `prompts_across_stages` "disjoint"
-    takes as many pairs of each objective, but from prompts that no earlier stage trained on.
-
-    Args:
-        run: the chain.
-        shaping: `seed`, `train_share`, `flipped`, `shuffled_labels`, and for a later stage `replay` and
-            `prompts_across_stages`.
-
-    Raises:
-        StudyError: when a share is so small that it changes nothing, or too few new prompts are left.
-    """
-    seed, stage = stage_seed(run.chain, shaping["seed"]), Chain.parse(run.chain).last
-    if shaping.get("prompts_across_stages") == "disjoint" and run.lineage[:-1]:
-        pairs = pd.concat([_unseen(run, objective) for objective in stage.objectives], ignore_index=True)
-    else:
-        pairs = pd.concat([with_sums(run, objective) for objective in stage.objectives], ignore_index=True)
-    if shaping["train_share"] < 1:
-        pairs = part_of(pairs, share=shaping["train_share"], seed=seed)
-    if shaping["shuffled_labels"]:
-        pairs = shuffle_labels(pairs, seed=seed)
-    elif shaping["flipped"]:
-        pairs = turn_labels(pairs, share=shaping["flipped"], seed=seed)
-    if not shaping.get("replay"):  # a first stage has nothing to replay, and its notebook does not name it
-        return pairs
-    earlier = _trained_before(run).drop_duplicates(["objective", "pair_id"])
-    return replay(pairs, earlier, share=shaping["replay"], seed=seed)
-
-
-def _trained_before(run: RunPaths) -> pd.DataFrame:
-    """The pairs of all stages before the last, as they saw them."""
-    before = [training_pairs(node, read_json(node.manifest)["parameters"]) for node in run.lineage[:-1]]
-    return pd.concat(before, ignore_index=True)
-
-
-def _unseen(run: RunPaths, objective: str) -> pd.DataFrame:
-    """As many pairs of an objective as its training split has, on prompts that no earlier stage saw."""
-    pairs, seen = with_sums(run, objective, splits=["train", "fresh"]), _trained_before(run)["prompt_id"]
-    wanted, new = int((pairs["split"] == "train").sum()), pairs[~pairs["prompt_id"].isin(seen)]
-    if len(new) < wanted:
-        raise StudyError(
-            f"chain '{run.chain}': {len(new)} pairs of {objective} have prompts that no earlier stage saw, "
-            f"{wanted} are needed: raise fresh_pairs or give a larger source."
-        )
-    return new.head(wanted).reset_index(drop=True)
-
-
-def training_rows(encoded: Sequence[EncodedPair], reference: pd.DataFrame) -> Dataset:
-    """The data set of a stage: token ids, and sums of the reference.
-
-    Args:
-        encoded: pairs in the order of `reference`.
-        reference: `chosen_logp`, `rejected_logp`, `chosen_tokens`, `rejected_tokens` of the same pairs.
-
-    Raises:
-        StudyError: when there is no pair, or pairs and sums are not equally many, or token counts differ.
-    """
-    if not encoded:
-        raise StudyError("the training split is empty: lower eval_pairs or give a larger source.")
-    counts = list(zip(reference["chosen_tokens"], reference["rejected_tokens"], strict=True))
-    if counts != [(len(pair.chosen), len(pair.rejected)) for pair in encoded]:
-        raise StudyError(
-            "the cached base scores belong to other tokens than these pairs: "
-            "delete scores/base.parquet and run again."
-        )
-    columns = {
-        f"{part}_ids": [getattr(pair, part) for pair in encoded] for part in ("prompt", "chosen", "rejected")
-    }
-    columns |= {f"ref_{side}_logps": reference[f"{side}_logp"].tolist() for side in ("chosen", "rejected")}
-    return Dataset.from_dict(columns)
 
 
 def optimiser_steps(parameters: Parameters, *, pairs: int) -> int:
@@ -227,7 +77,7 @@ def dpo_config(parameters: Parameters, *, pairs: int, output_dir: Path) -> DPOCo
     steps = optimiser_steps(parameters, pairs=pairs)
     return DPOConfig(
         output_dir=str(output_dir),
-        beta=parameters.beta,
+        beta=parameters.beta * parameters.beta_factor,
         loss_type=parameters.loss_type,
         loss_weights=parameters.loss_weights,
         label_smoothing=parameters.label_smoothing,
@@ -312,7 +162,7 @@ class _Checkpoints(TrainerCallback):
         control.should_save = due or control.should_training_stop
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        measured = {name: getattr(self.trainer, name) for name in _TABLES}
+        measured = {name: getattr(self.trainer, name) for name in self.trainer.MEASURED}
         # TRL would count the tokens anew
         measured |= {"seconds": self.progress.seconds, "tokens": self.trainer._total_train_tokens}
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -324,7 +174,7 @@ class _Checkpoints(TrainerCallback):
     def restore(self, folder: Path) -> None:
         """Take up what was measured before the checkpoint in `folder`."""
         measured = read_json(folder / _MEASURED)
-        for name in _TABLES:
+        for name in self.trainer.MEASURED:
             setattr(self.trainer, name, measured[name])
         self.progress.seconds, self.trainer._total_train_tokens = measured["seconds"], measured["tokens"]
 
@@ -395,7 +245,10 @@ def stage_trainer(
         keys = ("conflict_every", "conflict_pairs", "ledger_every", "ledger_pairs", "projection")
         number = parameters.chain.count(THEN) + 1
         look_back = LookBack(data.earlier, stage=number, **{key: getattr(parameters, key) for key in keys})
-    trainer = MeasuringDPOTrainer(
+    kind, more = MeasuringDPOTrainer, {}
+    if data.aspects:
+        kind, more = ListwiseTrainer, {"aspects": data.aspects, "tokenizer": tokenizer}
+    trainer = kind(
         base,
         args=dpo_config(parameters, pairs=len(data.rows), output_dir=output_dir),
         train_dataset=data.rows,
@@ -404,6 +257,7 @@ def stage_trainer(
         ),  # TRL gives one without a pad token an existing token as one
         peft_config=lora_config(parameters),
         look_back=look_back,
+        **more,
     )
     progress = _Progress(f"stage {look_back.stage}")
     trainer.add_callback(progress)  # after the measuring callback, whose time belongs to the step
@@ -412,9 +266,12 @@ def stage_trainer(
     if previous is not None:
         load_adapter(trainer.model, previous)
     trainer.scorer = Scorer(trainer.model, token_budget=parameters.token_budget)
-    rows = [PromptRow(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in data.rows]
-    if trainer.scorer.fault(rows[:CHECKED_ROWS]) is None:
+    pairs = trainer.reference_rows()
+    rows = [PromptRow(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in pairs]
+    if (reason := trainer.scorer.fault(rows[:CHECKED_ROWS])) is None:
         share_prompts(trainer.model.get_base_model())
+    elif data.aspects:
+        raise StudyError(f"a listwise stage computes a prompt once for all its answers, but {reason}.")
     if data.earlier and parameters.reference:
         trainer.model.eval()  # a reference has no dropout; every training step turns it back
         sums = trainer.scorer.sums(rows, label="reference of the stage before")
@@ -486,9 +343,9 @@ def prove_reference(trainer: DPOTrainer, data: StageData, *, share: float = 0.0)
         StudyError: when two of them differ by more than the rounding of the dtype, naming both.
     """
     trainer.model.eval()  # every training step turns it back
-    few = _first(trainer.train_dataset)
+    few = _first(trainer.reference_rows())
     table = _completions(trainer.model, few, _references_in_use(trainer, few), share=share)
-    table["cached_base"] = data.reference[_SUMS[:2]].head(len(few)).to_numpy(float).ravel()
+    table["cached_base"] = data.reference[SUMS[:2]].head(len(few)).to_numpy(float).ravel()
     stale = "the cached base scores are stale, or a merged adapter changed the weights under the adapter"
     wrong = "the reference is not the base model, for example a copy of the previous stage's adapter"
     if share:
@@ -566,6 +423,14 @@ def _stored_references(rows: Dataset) -> list[tuple[float, float]]:
     return list(zip(rows["ref_chosen_logps"], rows["ref_rejected_logps"], strict=True))
 
 
+def asking(tokenizer: Any, parameters: Parameters) -> Any:
+    """The tokenizer that prompts for the policy; one that reads its lambda is asked for equal shares."""
+    if not parameters.lambda_in_prompt:
+        return tokenizer
+    names = Chain.parse(parameters.chain).last.objectives
+    return Told(tokenizer, dict.fromkeys(names, 1 / len(names)))
+
+
 def score_stage(
     trainer: MeasuringDPOTrainer, run: RunPaths, tokenizer: Any, *, parameters: Parameters
 ) -> pd.DataFrame:
@@ -578,7 +443,7 @@ def score_stage(
     trainer.model.eval()
     files = [run.data(name) for name in parameters.objectives]
     options = {"splits": parameters.scored_splits, "checkpoint": run.chain}
-    score_files(trainer.scorer, tokenizer, files, run.scores, **options)
+    score_files(trainer.scorer, asking(tokenizer, parameters), files, run.scores, **options)
     records = pd.concat([read_table(run.base_scores), read_table(run.scores)], ignore_index=True)
     return records.query("split == 'eval'").reset_index(drop=True)
 
@@ -601,7 +466,8 @@ def score_within(
     for folder in folders:
         load_adapter(trainer.model, folder)
         beside = folder / "scores.parquet"
-        score_files(trainer.scorer, tokenizer, files, beside, splits=["eval"], checkpoint=run.chain)
+        options = {"splits": ["eval"], "checkpoint": run.chain}
+        score_files(trainer.scorer, asking(tokenizer, parameters), files, beside, **options)
         tables.append(read_table(beside).assign(step=int(folder.name[5:])))
     with torch.no_grad():
         for weight, kept in zip(adapter, final, strict=True):
@@ -622,7 +488,7 @@ def measure_drift(
     """
     tables = [read_table(run.data(name)).query("split == 'eval'") for name in parameters.objectives]
     few = pd.concat([table.head(parameters.kl_pairs) for table in tables], ignore_index=True)
-    encoded = encode_table(tokenizer, few)
+    encoded = encode_table(asking(tokenizer, parameters), few)
     drift = base_divergence(trainer.scorer, few, encoded, checkpoint=run.chain)
     write_table(run.kl, drift)
     return drift
@@ -654,6 +520,9 @@ def save_stage(
     write_table(run.conflict, trainer.conflict_table())
     write_table(run.ledger, trainer.ledger_table())
     write_table(run.ledger_pairs, trainer.ledger_pairs_table())
+    if isinstance(trainer, ListwiseTrainer):
+        write_table(run.lambdas, pd.DataFrame(trainer.lambda_records))
+        write_table(run.schedule, pd.DataFrame(trainer.schedule_records))
     manifest = {
         "device": str(trainer.accelerator.device),
         "dtype": str(trainer.model.dtype).removeprefix("torch."),

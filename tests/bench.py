@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from seqdpo_utils import layouts, models, pairs, params, paths, records, scoring, stages
+from seqdpo_utils import layouts, models, pairs, params, paths, records, scoring, stage_data, stages
 from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.scoring import PromptRow, Scorer
@@ -217,12 +217,12 @@ def _flops(model: PreTrainedModel, rows: list[PromptRow]) -> float:
     return 2.0 * (body * sum(row.tokens for row in rows) + head * scored)
 
 
-def _stage_data(case: Case, encoded: list[EncodedPair], **earlier: Dataset) -> stages.StageData:
+def _stage_data(case: Case, encoded: list[EncodedPair], **earlier: Dataset) -> stage_data.StageData:
     """What a stage trains on, with the base model's sums."""
     names = {"pair_id": range(len(encoded)), "prompt_id": "", "objective": "harmless", "split": "train"}
     scorer = Scorer(case.base(), token_budget=BUDGET)
     reference = scorer.records(pd.DataFrame(names), encoded, checkpoint="base")
-    return stages.StageData(stages.training_rows(encoded, reference), reference, earlier)
+    return stage_data.StageData(stage_data.training_rows(encoded, reference), reference, earlier)
 
 
 def _training(case: Case, count: int, repeats: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from datasets import Dataset
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from seqdpo_utils import models, params, scoring, stages
+from seqdpo_utils import models, params, scoring, stage_data, stages
 from seqdpo_utils.encoding import EncodedPair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,17 +81,17 @@ def records_for(model, pairs: list[EncodedPair], *, checkpoint: str = "base") ->
 
 
 def rows_for(model, pairs: list[EncodedPair]) -> Dataset:
-    """Rows of earlier pairs, as `stages.prepare_stage` makes them."""
+    """Rows of earlier pairs, as `stage_data.prepare_stage` makes them."""
     records = records_for(model, pairs)
     named = {name: records[name].tolist() for name in ("pair_id", "prompt_id")}
-    return Dataset.from_dict(stages.training_rows(pairs, records).to_dict() | named)
+    return Dataset.from_dict(stage_data.training_rows(pairs, records).to_dict() | named)
 
 
-def data_for(model, pairs: list[EncodedPair], **earlier: list[EncodedPair]) -> stages.StageData:
+def data_for(model, pairs: list[EncodedPair], **earlier: list[EncodedPair]) -> stage_data.StageData:
     """What a stage trains on and looks back at, its training pairs, with the sums of `model` as reference."""
     records = records_for(model, pairs)
     old = {(name, "train"): rows_for(model, others) for name, others in earlier.items()}
-    return stages.StageData(stages.training_rows(pairs, records), records, old)
+    return stage_data.StageData(stage_data.training_rows(pairs, records), records, old)
 
 
 def adapter_of(trainer) -> dict[str, torch.Tensor]:

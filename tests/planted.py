@@ -315,7 +315,7 @@ def execute(number: str, **parameters: Any) -> Page:
     (file,) = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
     page = Page({"__name__": "__main__"}, [])
     for cell in json.loads(file.read_text())["cells"]:
-        if cell["cell_type"] != "code":
+        if cell["cell_type"] != "code" or "by-hand" in cell["metadata"].get("tags", []):
             continue
         tree = ast.parse("".join(cell["source"]), f"{number} {cell['id']}")
         shown = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None

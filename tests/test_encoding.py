@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 from trl import DPOConfig, DPOTrainer
 
-from seqdpo_utils import encoding, layouts, models, pairs, scoring, stages
+from seqdpo_utils import encoding, layouts, models, pairs, scoring, stage_data, stages
 from seqdpo_utils.errors import StudyError
 
 TALK = [
@@ -166,7 +166,7 @@ def test_neither_tokenizer_nor_embeddings_change_and_pads_are_never_scored(
     ]
     encoded = [encoding.encode_pair(llama, prompt, **texts) for prompt, texts in sides]
     scores = scoring.Scorer(model, token_budget=700).records(pair_table(4), encoded, checkpoint="base")
-    data = stages.StageData(stages.training_rows(encoded, scores), scores)
+    data = stage_data.StageData(stage_data.training_rows(encoded, scores), scores)
     given = parameters.model_copy(update={"pairs_per_device": pairs_per_device})
     trainer = stages.stage_trainer(model, llama, data, parameters=given, output_dir=tmp_path)
     mask = trainer.data_collator(list(data.rows))["completion_mask"]

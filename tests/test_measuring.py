@@ -13,13 +13,13 @@ from peft import PeftModel
 from scipy import stats
 from trl import DPOTrainer
 
-from seqdpo_utils import ledger, stages
+from seqdpo_utils import ledger, stage_data, stages
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.measuring import drawn, pick, project, turned
 
 EVERY = {"conflict_every": 1, "conflict_pairs": 4, "ledger_every": 1, "ledger_pairs": 4}
 NEVER = {"conflict_every": 0, "ledger_pairs": 0}
-SEED = stages.stage_seed("a-then-b", 0)  # of the draws of the stage under test
+SEED = stage_data.stage_seed("a-then-b", 0)  # of the draws of the stage under test
 
 
 @pytest.fixture

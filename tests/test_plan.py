@@ -331,6 +331,21 @@ def test_the_plan_says_what_its_size_decides_and_what_deciding_more_costs(said, 
     assert "Gradients" not in text and "Run-to-run spread is not in these intervals" in text
 
 
+def test_a_list_of_four_answers_stays_under_the_limit_of_its_source(root, paper):
+    """Against the weights of the two shapes by hand, and what one more answer adds."""
+    found = plan.list_memory(root, paper.model_copy(update={"lora_rank": 8, "lora_alpha": 16}))
+    assert list(found) == list(plan.LIST_MODELS)
+    for (size, weights), layers in zip(zip(found.values(), (1.236e9, 1.711e9), strict=True), (16, 24), strict=True):
+        inputs = layers * plan.LIST_ANSWERS * plan.LIST_LENGTH * 2048 * 2
+        assert 2 * weights + inputs < size < plan.LIST_LIMIT
+
+
+def test_a_plan_with_rated_lists_says_what_they_take(said, offline):
+    text = said("--scale", "classroom", "--design", "aspects")
+    assert "rated lists of 4 answers" in text and text.count("under 20") == 2
+    assert "rated lists" not in said("--scale", "classroom", "--design", "both_orders")
+
+
 def test_an_unknown_gpu_is_named_with_the_known_ones(root, capsys, monkeypatch):
     monkeypatch.chdir(root)
     assert cli.main(["plan", "--gpu", "toaster"]) == 2

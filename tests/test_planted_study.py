@@ -17,7 +17,7 @@ import pytest
 from planted import ALPHA, BACK, BASE, BETA, CHAINS, FORTH, OBJECTIVES, RANK, SEEDS, SHAM
 from scipy import optimize, stats
 
-from seqdpo_utils import metrics, models, params, redistribution, rivals, stages, verdicts
+from seqdpo_utils import metrics, models, params, redistribution, rivals, stage_data, stages, verdicts
 from seqdpo_utils.chains import Chain
 from seqdpo_utils.encoding import EncodedPair
 from seqdpo_utils.paths import read_table
@@ -545,7 +545,7 @@ def test_a_later_stage_looks_back_at_the_earlier_objective(study, monkeypatch):
     given = {"seed": 0, "beta": BETA, "train_share": 1.0, "flipped": 0.0, "shuffled_labels": False}
     varied = given | {"train_share": 0.5}  # of the stage before
     for chain in (FORTH, BACK):
-        data = stages.prepare_stage(planted.ROOT, study.run(chain, 0), None, parameters=varied)
+        data = stage_data.prepare_stage(planted.ROOT, study.run(chain, 0), None, parameters=varied)
         first, second = ends(chain)
         assert set(data.reference["objective"]) == {second}
         assert set(data.earlier) == {(first, "train"), (first, "probe")}

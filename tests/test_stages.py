@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from trl import DPOTrainer
 
-from seqdpo_utils import metrics, models, scoring, stages
+from seqdpo_utils import metrics, models, scoring, stage_data, stages
 from seqdpo_utils.encoding import EncodedPair, encode_pair
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.measuring import LengthGrouped
@@ -133,6 +133,28 @@ def test_the_loss_is_the_equation(make, parameters, data, stage1):
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(by_hand, rel=1e-4)
 
 
+def test_modpo_is_a_point_of_the_reference_axis(make, parameters, stage1):
+    """-log sigmoid((beta h - (1 - w) beta h_1) / w), h and h_1 log-ratios of policy and stage before."""
+    pairs, weight = random_pairs(8), 0.25
+    data = data_for(fresh(), pairs, helpful=random_pairs(8, seed=3))
+    trainer = make(data, previous=stage1, reference=1 - weight, beta_factor=1 / weight)
+    before = records_for(trainer.model.eval(), pairs)
+    with torch.no_grad():
+        for number, (name, weights) in enumerate(trainer.model.named_parameters()):
+            if "lora_B" in name:
+                weights.add_(
+                    0.05 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(number))
+                )
+    after = records_for(trainer.model.eval(), pairs)
+    h, h_1 = (
+        metrics.dpo_margin(records, data.reference, beta=parameters.beta) for records in (after, before)
+    )
+    by_hand = metrics.dpo_loss((h - (1 - weight) * h_1) / weight).mean()
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    assert abs(by_hand - metrics.dpo_loss(h).mean()) > 1e-2
+
+
 def test_swapping_chosen_and_rejected_flips_the_gradient_and_every_margin(make, parameters):
     pairs = random_pairs(8)
     swapped = [pair._replace(chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
@@ -207,9 +229,9 @@ def test_a_stale_cache_is_caught(make):
     with pytest.raises(StudyError, match="cached base scores are stale"):
         stages.prove_reference(make(data), changed(data, chosen_logp=data.reference["chosen_logp"] + 0.5))
     with pytest.raises(StudyError, match="other tokens"):
-        stages.training_rows(pairs, data.reference.iloc[::-1])
+        stage_data.training_rows(pairs, data.reference.iloc[::-1])
     with pytest.raises(StudyError, match="empty"):
-        stages.training_rows([], data.reference.head(0))
+        stage_data.training_rows([], data.reference.head(0))
 
 
 def test_nan_reference_sums_do_not_pass_the_proof(make):
@@ -437,15 +459,15 @@ PLAIN = {"seed": 0, "train_share": 1.0, "flipped": 0.0, "shuffled_labels": False
 
 
 def test_a_stage_sees_the_training_pairs_of_its_objectives(run):
-    assert stages.training_pairs(run.at("a"), PLAIN)["pair_id"].tolist() == [f"a-{i}" for i in range(8)]
-    joint = stages.training_pairs(run.at("a+b"), PLAIN)
+    assert stage_data.training_pairs(run.at("a"), PLAIN)["pair_id"].tolist() == [f"a-{i}" for i in range(8)]
+    joint = stage_data.training_pairs(run.at("a+b"), PLAIN)
     assert joint["objective"].tolist() == ["a"] * 8 + ["b"] * 8 and joint["chosen_logp"].tolist()[8] == -100.0
 
 
 def test_turned_labels_carry_their_sums_and_are_nested(run):
     turned = {}
     for share in (0.25, 0.5, 1.0):
-        table = stages.training_pairs(run.at("a"), PLAIN | {"flipped": share})
+        table = stage_data.training_pairs(run.at("a"), PLAIN | {"flipped": share})
         other = table[table["chosen_logp"] == -1000.0]
         assert (
             len(other) == 8 * share
@@ -458,7 +480,7 @@ def test_turned_labels_carry_their_sums_and_are_nested(run):
 
 def test_half_of_the_pairs_and_labels_at_random_are_ruled_by_the_seed(run):
     def seen(**changes):
-        table = stages.training_pairs(run.at("a"), PLAIN | changes)
+        table = stage_data.training_pairs(run.at("a"), PLAIN | changes)
         return table["pair_id"].tolist(), (table["chosen"] == "no").tolist()
 
     assert len(seen(train_share=0.5)[0]) == 4 and seen(train_share=0.5) == seen(train_share=0.5)
@@ -469,12 +491,12 @@ def test_half_of_the_pairs_and_labels_at_random_are_ruled_by_the_seed(run):
 
 def test_replayed_pairs_take_the_place_of_some_as_their_own_stage_saw_them(run):
     write_json(run.at("a").manifest, {"parameters": PLAIN | {"flipped": 1.0}, "varied": ["flipped"]})
-    table = stages.training_pairs(run, PLAIN | {"replay": 0.25})
+    table = stage_data.training_pairs(run, PLAIN | {"replay": 0.25})
     replayed = table[table["objective"] == "a"]
     assert len(table) == 8 and len(replayed) == 2 and (replayed["chosen"] == "no").all()
     assert table["pair_id"].is_unique and (table[table["objective"] == "b"]["chosen"] == "yes").all()
     with pytest.raises(StudyError, match=r"replay|few"):
-        stages.training_pairs(run, PLAIN | {"replay": 0.01})
+        stage_data.training_pairs(run, PLAIN | {"replay": 0.01})
 
 
 def test_a_stage_on_new_prompts_meets_none_that_an_earlier_stage_trained_on(run):
@@ -490,24 +512,24 @@ def test_a_stage_on_new_prompts_meets_none_that_an_earlier_stage_trained_on(run)
     sums = {"chosen_logp": -1.0, "rejected_logp": -2.0, "chosen_tokens": 2, "rejected_tokens": 3}
     write_table(run.base_scores, pd.concat(tables).assign(**sums))
     write_json(run.at("a").manifest, {"parameters": PLAIN, "varied": []})
-    first = stages.training_pairs(run.at("a"), PLAIN | {"prompts_across_stages": "disjoint"})
+    first = stage_data.training_pairs(run.at("a"), PLAIN | {"prompts_across_stages": "disjoint"})
     assert first["pair_id"].tolist() == [f"a-{i}" for i in range(8)], "a first stage has nothing to avoid"
-    shared = stages.training_pairs(run, PLAIN)
+    shared = stage_data.training_pairs(run, PLAIN)
     assert set(shared["prompt_id"]) & set(first["prompt_id"])
-    apart = stages.training_pairs(run, PLAIN | {"prompts_across_stages": "disjoint"})
+    apart = stage_data.training_pairs(run, PLAIN | {"prompts_across_stages": "disjoint"})
     assert apart["pair_id"].tolist() == ["b-0", "b-1", "b-2", *(f"b-new{i}" for i in range(5))]
     assert not set(apart["prompt_id"]) & set(first["prompt_id"])
     with pytest.raises(
         StudyError, match=r"6 pairs of a have prompts that no earlier stage saw, 8 are needed"
     ):
-        stages.training_pairs(run.at("a-then-a"), PLAIN | {"prompts_across_stages": "disjoint"})
+        stage_data.training_pairs(run.at("a-then-a"), PLAIN | {"prompts_across_stages": "disjoint"})
 
 
 def test_every_stage_draws_from_a_seed_of_its_own(run, parameters, tmp_path):
     """With one seed for all, stages that share prompts would meet them in one order."""
     orders, configs = [], []
     for chain in ("a", "a-then-b", "a-then-b-then-a"):
-        table = stages.training_pairs(run.at(chain), PLAIN | {"shuffled_labels": True})
+        table = stage_data.training_pairs(run.at(chain), PLAIN | {"shuffled_labels": True})
         orders.append(tuple(table["turned"]))
         given = parameters.model_copy(update={"chain": chain, "seed": 3})
         configs.append(stages.dpo_config(given, pairs=8, output_dir=tmp_path).seed)

@@ -39,8 +39,17 @@ UTILISATION = 0.3
 TYPICAL_TOKENS = 300
 """Tokens of a pair, its prompt counted once: 180 to 400 on real rows of the four data sets cut to 384."""
 _GATED = "meta-llama/Llama-3.1-8B-Instruct"
-_LLAMA_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-_LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+LIST_MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct")
+"""Models of one to two billion weights, for which a plan says what a list of answers takes."""
+LIST_ANSWERS, LIST_LENGTH, LIST_LIMIT = 4, 1024, 20e9
+"""Answers in a list, tokens of the longest with its prompt, and what arXiv 2506.19780 says it stays under."""
+_SHAPES = {
+    _GATED: (128256, 4096, 14336, 32, 32, 8, False),
+    LIST_MODELS[0]: (128256, 2048, 8192, 16, 32, 8, True),
+    LIST_MODELS[1]: (49152, 2048, 8192, 24, 32, 32, True),
+}  # from the configuration files on their pages on the hub
+_SHAPE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_SHAPE_KEYS += ("num_key_value_heads", "tie_word_embeddings")
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "nf4": 0.52}  # nf4: four bits and doubly quantised constants
 CONFLICT_COPIES = 6  # gradients kept at once while conflict is measured
 LEDGER_COPIES = 4  # weights of two points, the move between them, the gradient of the pair at hand
@@ -83,10 +92,11 @@ def shape_of(root: Path, parameters: Parameters) -> Shape | None:
     Returns:
         None when only a download could tell the architecture of the base model.
     """
-    file, known = _config_file(root, parameters), parameters.base_model == _GATED
+    file, known = _config_file(root, parameters), _SHAPES.get(parameters.base_model)
     if not file and not known:
         return None
-    config = LlamaConfig(**_LLAMA_8B) if known else AutoConfig.from_pretrained(file.parent)
+    widths = dict(zip(_SHAPE_KEYS, known, strict=True)) if known else {}
+    config = LlamaConfig(**widths) if known else AutoConfig.from_pretrained(file.parent)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, parameters.dtype))
         base, head = model.num_parameters(), model.get_output_embeddings()
@@ -107,6 +117,8 @@ def stage_work(stage: Parameters) -> Work:
     """What one stage trains, measures of earlier objectives and scores."""
     chain, objectives = Chain.parse(stage.chain), len(stage.objectives)
     pairs = max(1, round(stage.train_share * stage.train_pairs * len(chain.last.objectives)))
+    if stage.lambdas:  # a list holds about two pairs of answers, and serves all objectives of the stage
+        pairs = stage.train_pairs
     steps = math.ceil(pairs / stage.pairs_per_step) * stage.epochs
     batches = math.ceil(steps / stage.conflict_every) if stage.conflict_every else 0
     points = 1 + math.ceil(steps / stage.ledger_every) if stage.ledger_pairs else 0
@@ -165,6 +177,22 @@ def memory(shape: Shape, parameters: Parameters, *, tokens: int, checkpointing: 
         "activations": inputs + layer if checkpointing else shape.layers * layer,
         "logits": 3 * 4.0 * HEAD_ROWS * shape.vocabulary,
     }
+
+
+def list_memory(root: Path, parameters: Parameters) -> dict[str, float]:
+    """Bytes at the height of a listwise step of one list, for `LIST_MODELS` in bfloat16; an estimate.
+
+    A list of N answers is one row in which the prompt stands once. At most, N whole answers beside no prompt:
+    that is what is counted. Nothing is measured of earlier objectives, and activations are computed again.
+    """
+    changes = {"dtype": "bfloat16", "quantization": None, "pairs_per_device": 1}
+    changes |= {"conflict_every": 0, "ledger_pairs": 0, "base_model_revision": None}
+    found = {}
+    for name in LIST_MODELS:
+        model = parameters.model_copy(update=changes | {"base_model": name})
+        size = {"tokens": LIST_ANSWERS * LIST_LENGTH, "checkpointing": True}
+        found[name] = sum(memory(shape_of(root, model), model, **size).values())
+    return found
 
 
 def activations_a_token(shape: Shape, dtype: str) -> int:
@@ -231,7 +259,7 @@ def text(root: Path, settings: list[Parameters], config: dict[str, Any], *, gpu:
     shape, adapters = shape_of(root, settings[0]), (len(every) + 1) * len(config["seeds"])
     missing = [fault for each in settings for fault in access.faults(root, each)]
     missing += _lacks(root, shape, settings, gpu=gpu, adapters=adapters) if shape else []
-    says = {"settings": settings, "stages": stages, "every": every, "shape": shape, "gpu": gpu}
+    says = {"root": root, "settings": settings, "stages": stages, "every": every, "shape": shape, "gpu": gpu}
     says |= {"tokens": tokens, "missing": list(dict.fromkeys(missing))}
     found = decides(root, settings, every, seeds=len(config["seeds"]), scale=config["scale"])
     says |= dict(zip(("measured", "decided"), found, strict=True))
