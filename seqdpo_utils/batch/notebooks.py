@@ -29,6 +29,8 @@ QUIET = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
 }
+BY_HAND = "by-hand"
+"""Tag of cells that wait for a person: stubs of exercises, and solutions that train."""
 _DIED = """the kernel died, most often for want of memory (close other programs, lower token_budget or \
 pairs_per_device), else stopped from outside"""
 _BAR = re.compile(r"\d+%\|.*\[.+<.+\]")
@@ -139,7 +141,7 @@ def _say(label: str, text: str) -> None:
 
 
 def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, label: str) -> None:
-    """Execute a notebook; `target` appears only when every cell ran.
+    """Execute a notebook but for cells tagged `BY_HAND`; `target` appears only when every other cell ran.
 
     While it runs, and after a failure, the notebook lies beside it as `<name>.partial.ipynb`; a failure also
     leaves `<name>.error.txt`, whose first line names the cause.
@@ -169,6 +171,7 @@ def run_notebook(source: Path, target: Path, parameters: dict[str, Any], *, labe
         config = Config(KernelManager=transport)
         how = {"log_output": True, "coalesce_streams": True, "autosave_cell_every": 30, "progress_bar": False}
         how |= {"cwd": str(project_root()), "kernel_name": "python3", "config": config}
+        how["skip_cells_with_tag"] = BY_HAND
         try:
             papermill.execute_notebook(str(source), str(partial), parameters=parameters, **how)
         except (PapermillExecutionError, DeadKernelError, NoSuchKernel, OSError) as error:

@@ -42,7 +42,8 @@ def inline_svg(svg: str, *, description: str, number: int) -> str:
 
 
 def _markdown(text: str) -> Markup:
-    return Markup(markdown2html(mathml(text)))
+    linked = text.replace("](00_read_me_first.ipynb", "](summary--00_read_me_first.html")
+    return Markup(markdown2html(mathml(linked)))
 
 
 def _shown(output: Any, number: int) -> Markup:
