@@ -15,13 +15,16 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: study plan test setup appendix classroom bench lint clean lab
+.PHONY: study look plan test setup appendix classroom bench lint clean lab
 
 CHOICE = --scale $(SCALE) $(if $(SETTINGS),--settings $(SETTINGS)) $(if $(DESIGN),--design $(DESIGN)) \
 	$(if $(CHAINS),--chains $(CHAINS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SET),--set $(SET))
 
 study: setup
 	@python -m seqdpo_utils study $(CHOICE)
+
+look: setup
+	@python -m seqdpo_utils look $(CHOICE)
 
 test: setup
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $(if $(FULL),,-m "not full")

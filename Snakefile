@@ -153,10 +153,14 @@ rule read_me_first:
 def row_files(wildcards):
     """Local files with the setting's rows, so that changed rows are prepared again; none on the hub."""
     flat = resolved(wildcards.setting)
-    place = EMBEDDED / flat.layout if flat.source == "embedded" else ROOT / flat.source
-    within = sorted(place.rglob("*")) if place.is_dir() else [place]
-    hidden = [file for file in within if any(part.startswith(".") for part in file.relative_to(place).parts)]
-    return [file for file in within if file.is_file() and file not in hidden]
+    source = flat.source
+    named = [source] if isinstance(source, str) else [place["source"] for place in source.values()]
+    found = []
+    for place in [EMBEDDED / flat.layout if name == "embedded" else ROOT / name for name in named]:
+        within = sorted(place.rglob("*")) if place.is_dir() else [place]
+        shown = [file for file in within if not any(p.startswith(".") for p in file.relative_to(place).parts)]
+        found += [file for file in shown if file.is_file()]
+    return found
 
 
 rule data_preparation:
@@ -167,6 +171,10 @@ rule data_preparation:
     threads: SHARE
     resources: gpu=GPU
     shell: COMPUTING
+
+
+rule look:
+    input: expand(rules.data_preparation.output.page, setting=CHAINS)
 
 
 STAGE = [NODE.manifest, NODE.history, NODE.scores, NODE.kl]

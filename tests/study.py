@@ -78,7 +78,7 @@ OUTPUTS = {
     "05": {"table.parquet": ["tables/pair_change.parquet", "tables/quartiles.parquet"]},
     "06": {"table.parquet": ["movement.parquet", *(f"tables/{name}.parquet" for name in (
            "subspace", "ledger", "displacement", "log_probabilities", "kl", "length"))]},
-    "07": {}, "09": {}, "10": {}, "11": {}, "12": {},
+    "07": {}, "08": {}, "09": {}, "10": {}, "11": {}, "12": {},
 }  # fmt: skip
 
 

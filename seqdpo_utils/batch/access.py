@@ -44,6 +44,10 @@ def model_fault(root: Path, base_model: str, *, revision: str | None = None) -> 
 
 def source_fault(root: Path, parameters: Parameters) -> str | None:
     """What keeps the rows of a setting from being read, without reading them."""
+    if isinstance(parameters.source, dict):
+        places = [place | {"objectives": [name]} for name, place in parameters.source.items()]
+        each = (source_fault(root, parameters.model_copy(update=place)) for place in places)
+        return next(filter(None, each), None)
     source, place = parameters.source, root / parameters.source
     what = f"source {source!r} of {parameters.setting}"
     if source == "embedded" or place.is_file():

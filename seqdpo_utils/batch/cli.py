@@ -34,11 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     whole = command("study", _study, "run whatever is missing or out of date, then render the pages")
-    whole.add_argument("--cores", type=int, default=os.cpu_count() or 1)
+    glance = command("look", _look, "prepare the pairs, train nothing; say what they are and could decide")
+    for each in (whole, glance):
+        each.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     ahead = command("plan", _plan, "what a study would run and need, and what is missing; computes nothing")
     ahead.add_argument("--gpu", default="H100 80GB")
     ahead.add_argument("--tokens", type=int, help="typical tokens of a pair, its prompt counted once")
-    for each in (whole, ahead):
+    for each in (whole, glance, ahead):
         each.add_argument("--scale", default="classroom")
         each.add_argument("--settings", nargs="+", help="all of them where none is named")
         each.add_argument("--seeds", nargs="+", type=int, help="in place of the scale's own")
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--parameters", type=json.loads, required=True, help="as a JSON object")
     command("model", _model, "build an embedded base model once").add_argument("name")
     command("appendix", _appendix, "render executed notebooks").add_argument("--scale", default="classroom")
-    command("classroom", _classroom, "write copies of the notebooks without the solutions")
+    command("classroom", _classroom, "write the notebooks for students and for teachers")
     return parser
 
 
@@ -85,6 +87,16 @@ def _study(root: Path, options: argparse.Namespace) -> int:
     from seqdpo_utils.batch.study import study
 
     return study(root, *_chosen(root, options), cores=options.cores)
+
+
+def _look(root: Path, options: argparse.Namespace) -> int:
+    from seqdpo_utils.batch import look
+    from seqdpo_utils.batch.study import study
+
+    settings, config = _chosen(root, options)
+    status = study(root, settings, config, cores=options.cores, target="look")
+    print("" if status else "\n\n".join(look.text(root, each, config) for each in settings))
+    return status
 
 
 def _plan(root: Path, options: argparse.Namespace) -> None:
@@ -137,6 +149,6 @@ def _appendix(root: Path, options: argparse.Namespace) -> None:
 
 
 def _classroom(root: Path, options: argparse.Namespace) -> None:
-    from seqdpo_utils.batch.study import student_copies
+    from seqdpo_utils.teaching import copies
 
-    print(f"student copies: {student_copies(root)}")
+    print(f"notebooks for students and teachers: {copies(root)}")

@@ -1,6 +1,5 @@
-"""The whole study through Snakemake, the record of a trained chain, and notebooks without their solutions."""
+"""The whole study through Snakemake and the record of a trained chain."""
 
-import json
 import os
 import platform
 import shutil
@@ -18,14 +17,16 @@ from seqdpo_utils.batch.notebooks import QUIET, visible_gpus
 from seqdpo_utils.chains import BASE, Chain
 from seqdpo_utils.errors import StudyError
 from seqdpo_utils.params import Parameters, varied
-from seqdpo_utils.paths import RunPaths, check_trained, read_json, read_report, write_json, write_whole
+from seqdpo_utils.paths import RunPaths, check_trained, read_json, read_report, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "papermill", "pandas", "altair", "snakemake")
 _SNAKEMAKE = """-m snakemake --rerun-triggers mtime input params --rerun-incomplete --keep-going
---max-checksum-file-size 1GB --quiet rules host"""
+--quiet rules host --max-checksum-file-size 1GB"""
 
 
-def study(root: Path, settings: list[Parameters], config: dict[str, Any], *, cores: int) -> int:
+def study(
+    root: Path, settings: list[Parameters], config: dict[str, Any], *, cores: int, target: str = "all"
+) -> int:
     """Run everything that is missing or out of date; return the exit status.
 
     Whether models, sources and room on the disk can be had is checked first. A lock refuses a second start on
@@ -37,6 +38,7 @@ def study(root: Path, settings: list[Parameters], config: dict[str, Any], *, cor
         settings: parameters of each setting that has chains.
         config: for the Snakefile: scale, seeds, chains by setting, overrides of the command line.
         cores: for Snakemake.
+        target: a rule of the Snakefile; what came of it is told where it is all or fails.
 
     Raises:
         StudyError: when something cannot be had, or the study is running already.
@@ -48,8 +50,8 @@ def study(root: Path, settings: list[Parameters], config: dict[str, Any], *, cor
     if missing:
         raise StudyError("\n".join(["nothing was started.", *missing]))
     results, gpus = root / "runs" / config["scale"], len(visible_gpus())
-    command = [sys.executable, *_SNAKEMAKE.split(), "--cores", str(cores), "--resources", f"gpu={gpus}"]
-    command += ["--configfile", str(results / ".study.json")]
+    command = [sys.executable, *_SNAKEMAKE.split(), target, "--cores", str(cores)]
+    command += ["--resources", f"gpu={gpus}", "--configfile", str(results / ".study.json")]
     began, clock = time.time(), time.monotonic()
     try:
         with FileLock(results / ".lock").acquire(timeout=0):
@@ -60,7 +62,8 @@ def study(root: Path, settings: list[Parameters], config: dict[str, Any], *, cor
     except Timeout:
         scale = config["scale"]
         raise StudyError(f"a study at scale {scale!r} is running already. Wait for it or stop it.") from None
-    print(_outcome(results, status, seconds=round(time.monotonic() - clock), began=began))
+    if status or target == "all":
+        print(_outcome(results, status, seconds=round(time.monotonic() - clock), began=began))
     return status
 
 
@@ -126,15 +129,3 @@ def _commit(root: Path) -> dict[str, Any]:
     asked = [subprocess.run([git, *each], cwd=root, capture_output=True, text=True) for each in words]
     commit, changes = (each.stdout.strip() for each in asked)
     return {"commit": commit or None, "dirty": bool(changes)}
-
-
-def student_copies(root: Path) -> Path:
-    """Write the notebooks without their solution cells to `runs/students`; they run as they stand."""
-    folder = root / "runs" / "students"
-    for source in sorted((root / "notebooks").glob("*.ipynb")):
-        content = json.loads(source.read_text(encoding="utf-8"))
-        cells = content["cells"]
-        content["cells"] = [cell for cell in cells if "solution" not in cell["metadata"].get("tags", [])]
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_whole(folder / source.name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
-    return folder
