@@ -691,9 +691,8 @@ def control_curves(curves: pd.DataFrame, *, caption: str) -> Figure:
     ways = dict(zip(dict.fromkeys(curves["way"]), [*STAGE_COLOURS[1:3], GREY, PALE], strict=False))
     colour = _colour("way", ways, legend="bottom")
     axis = alt.Axis(labelExpr="format(datum.value, '.0%')", labelAngle=0)
-    shown = curves.rename(columns={"low": "margin_low", "high": "margin_high"})
     parts = []
-    for (setting, aspect), rows in shown.groupby(["setting", "aspect"], sort=False):
+    for (setting, aspect), rows in curves.groupby(["setting", "aspect"], sort=False):
         shift = alt.XOffset("way:N", scale=alt.Scale(domain=list(ways)))
         base = alt.Chart(rows).encode(alt.X("share:O", axis=axis, title=f"share of {aspect}"), colour, shift)
         line = base.mark_line(opacity=0.5).encode(y="margin:Q")

@@ -32,7 +32,10 @@ from seqdpo_utils.verdicts import holm, p_value, units
 
 SHARES = (0.25, 0.5, 0.75)
 """Shares of the second adapter on the line between two; at 0 and 1 stand the adapters themselves."""
+FURTHER = 1.5
+"""How far a single is extrapolated: theta_0 + 1.5 (theta_1 - theta_0), ExPO with a = 0.5 (2404.16792)."""
 ALONE, LINE, SUM, JOINT = "one objective alone", "interpolated", "summed", "both at once"
+EXTRAPOLATED = "alone, extrapolated"
 SEQUENTIAL, REPLAYED, PROJECTED = "one after the other", "with replay", "with projected steps"
 TRAINED = (SEQUENTIAL, ALONE, JOINT, REPLAYED, PROJECTED)
 """The ways to have two objectives that are trained; the other two are mixed from those alone."""
@@ -47,9 +50,11 @@ Plane = tuple[list[RunPaths], str, str]
 """Two objectives of a setting: a node of each seed, and the objectives in the setting's order."""
 
 
-def recipes(first: str, second: str) -> list[Weights]:
-    """The mixtures of two singles that are scored: inner points of the line between them, and their sum."""
-    return [*({first: 1 - share, second: share} for share in SHARES), {first: 1.0, second: 1.0}]
+def recipes(first: str, second: str) -> list[tuple[Weights, str]]:
+    """What is scored of two singles, and of which kind: mixtures of both, and either taken further."""
+    line = [({first: 1 - share, second: share}, LINE) for share in SHARES]
+    further = [({name: FURTHER}, EXTRAPOLATED) for name in (first, second)]
+    return [*line, ({first: 1.0, second: 1.0}, SUM), *further]
 
 
 def name_of(weights: Weights) -> str:
@@ -130,7 +135,7 @@ def score_mixtures(
     for run, *names in _both_alone(planes):
         kept = run.summary("mixtures")
         table = read_table(kept) if kept.is_file() else pd.DataFrame(columns=["made_of", *KEY])
-        keys = {made_of(run, weights): weights for weights in recipes(*names)}
+        keys = {made_of(run, weights): weights for weights, _ in recipes(*names)}
         lacking = {key: keys[key] for key in keys if key not in set(table["made_of"])}
         if lacking:
             new = pd.concat(_score(root, run, names, lacking, parameters=parameters), ignore_index=True)
@@ -157,7 +162,7 @@ def _score(
     held_out = pd.concat([read_table(run.data(name)).query("split == 'eval'") for name in names])
     encoded, scorer = encode_table(tokenizer, held_out), Scorer(model, token_budget=parameters.token_budget)
     for key, weights in wanted.items():
-        with mixed(model, [weights[name] for name in names]):
+        with mixed(model, [weights.get(name, 0.0) for name in names]):
             found = scorer.records(held_out, encoded, checkpoint=name_of(weights))
         yield found.assign(setting=run.setting, seed=run.seed, made_of=key)
 
@@ -213,7 +218,7 @@ def ends(
     ways = [chain for chain in ways if set(chain.objectives) <= set(objectives)]
     mine = {str(chain): kind for chain in ways if (kind := kind_of(chain))}
     here = mixtures["setting"] == runs[0].setting
-    mixed_here = dict(zip(map(name_of, recipes(*objectives)), [*[LINE] * len(SHARES), SUM], strict=True))
+    mixed_here = {name_of(weights): kind for weights, kind in recipes(*objectives)}
     mixed_here = {name: mixed_here[name] for name in mixed_here if name in set(mixtures[here]["checkpoint"])}
 
     def of_mixtures(run: RunPaths) -> pd.DataFrame:
@@ -301,7 +306,8 @@ def compare(
         kinds, tables = ends(plane, runs, mixtures, beta=beta)
         options = {"resamples": resamples, "rng": np.random.default_rng(0)}
         place = {"setting": nodes[0].setting, "x": x, "y": y}
-        on_line = {x: 0.0, y: 1.0} | {name_of(recipe): recipe[y] for recipe in recipes(x, y)[:-1]}
+        inner = {name_of(weights): weights[y] for weights, kind in recipes(x, y) if kind == LINE}
+        on_line = {x: 0.0, y: 1.0} | inner
         table = places(kinds, tables, **options).assign(**place)
         table["order"] = [_order(name, kind, x) for name, kind in kinds.items()]
         table["sequential"] = table["kind"] == SEQUENTIAL

@@ -21,16 +21,9 @@ from seqdpo_utils.layouts import LAYOUTS
 
 EMBEDDED_MODELS = ("models/smollm2-135m-instruct", "models/tiny-random-llama")
 """Values of `base_model` that `seqdpo_utils.models.prepare_model` builds."""
-NEEDS_PAIRS = (
-    "flipped",
-    "shuffled_labels",
-    "train_share",
-    "replay",
-    "reference",
-    "loss_type",
-    "loss_weights",
-)
-"""Parameters of a stage that say nothing about rated lists."""
+NEEDS_PAIRS = {"flipped": 0.0, "shuffled_labels": False, "train_share": 1.0, "replay": 0.0, "reference": 0.0}
+NEEDS_PAIRS |= {"loss_type": ["sigmoid"], "loss_weights": None}
+"""Parameters of a stage that say nothing about rated lists, with the values that ask for nothing."""
 NEEDS_LISTS = ("lambda_weights", "lambda_in_prompt", "rating_temperature", "schedule_pairs")
 """Parameters of a stage that say nothing about pairs."""
 NEEDS_EARLIER = ("reference", "replay", "projection", "prompts_across_stages")
@@ -390,11 +383,10 @@ def _check_effect(plain: Parameters, shaped: Parameters, chain: Chain) -> None:
             raise StudyError(
                 f"chain '{chain}': {name} = {value!r} needs a stage before, and this is the first one."
             )
-    changed = [name for name, value in dict(shaped).items() if value != getattr(plain, name)]
-    for name in changed:
-        if name in (NEEDS_PAIRS if shaped.lambdas else NEEDS_LISTS):
-            needs = "pairs, and this stage trains on rated lists" if shaped.lambdas else "a listwise stage"
-            raise StudyError(f"chain '{chain}': {name} = {getattr(shaped, name)!r} needs {needs}.")
+    changed = [name for name in NEEDS_LISTS if getattr(shaped, name) != getattr(plain, name)]
+    if changed and not shaped.lambdas:
+        value = getattr(shaped, changed[0])
+        raise StudyError(f"chain '{chain}': {changed[0]} = {value!r} needs a listwise stage.")
     _check_lambdas(shaped, chain)
     if chain.last.variants and shaped == plain:
         raise StudyError(f"chain '{chain}': the variants of '{chain.last}' change nothing; leave them out.")
@@ -407,6 +399,10 @@ def _check_lambdas(shaped: Parameters, chain: Chain) -> None:
     if LAYOUTS[shaped.layout].answers_of is None:
         rated = ", ".join(name for name, layout in LAYOUTS.items() if layout.answers_of)
         raise StudyError(f"chain '{chain}': layout {shaped.layout} has no ratings of answers; {rated} have.")
+    for name, idle in NEEDS_PAIRS.items():
+        if getattr(shaped, name) != idle:
+            needs = "needs pairs, and this stage trains on rated lists"
+            raise StudyError(f"chain '{chain}': {name} = {getattr(shaped, name)!r} {needs}.")
     names, weights = chain.last.objectives, shaped.lambda_weights
     if weights and (len(weights) != len(names) or not math.isclose(sum(weights), 1, abs_tol=1e-6)):
         wanted = f"{len(names)} shares of sum one, for {', '.join(names)}"

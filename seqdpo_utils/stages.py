@@ -343,7 +343,8 @@ def prove_reference(trainer: DPOTrainer, data: StageData, *, share: float = 0.0)
         StudyError: when two of them differ by more than the rounding of the dtype, naming both.
     """
     trainer.model.eval()  # every training step turns it back
-    few = _first(trainer.reference_rows())
+    own = isinstance(trainer, MeasuringDPOTrainer)
+    few = _first(trainer.reference_rows() if own else trainer.train_dataset)
     table = _completions(trainer.model, few, _references_in_use(trainer, few), share=share)
     table["cached_base"] = data.reference[SUMS[:2]].head(len(few)).to_numpy(float).ravel()
     stale = "the cached base scores are stale, or a merged adapter changed the weights under the adapter"

@@ -227,28 +227,24 @@ def control(
         resamples: draws of prompts, crossed with seeds.
 
     Returns:
-        Curves: `way`, `aspect`, `share`, `margin`, `low`, `high`. Control: `way`, `aspect`, `slope` (margin
+        Curves: `way`, `aspect`, `share`, and `margin` with bounds. Control: `way`, `aspect`, `slope` (margin
         gained from share zero to one, least squares) and `rank` (Spearman's correlation of share and mean
         margin), both with bounds; `monotone` (share of draws in which every more of share is more of margin),
         and `verdict`, by the interval of the slope.
     """
-    curves, found = [], []
-    rng = np.random.default_rng(0)
+    curves, found, rng = [], [], np.random.default_rng(0)
     for way, part in records.groupby("way", sort=False):
         lambdas = part.drop_duplicates("checkpoint").set_index("checkpoint")
         for aspect in aspects:
             wide = margins_by_lambda(part, base, aspect, beta=beta)
-            shares = lambdas[f"lambda_{aspect}"].sort_values()
+            shares = lambdas[f"lambda_{aspect}"]
             draws = metrics.estimates(wide, list(shares.index), resamples=resamples, rng=rng)
             levels = np.unique(shares)
-            by_level = np.column_stack(
-                [draws[:, shares.to_numpy() == level].mean(axis=1) for level in levels]
-            )
+            by_level = np.column_stack([draws[:, shares == level].mean(axis=1) for level in levels])
+            place = {"way": way, "aspect": aspect}
             for level, column in zip(levels, by_level.T, strict=True):
-                low, high = metrics.interval(column[1:])
-                place = {"way": way, "aspect": aspect, "share": level}
-                curves.append(place | {"margin": column[0], "low": low, "high": high})
-            found.append({"way": way, "aspect": aspect} | _control(levels, by_level))
+                curves.append(place | {"share": level} | metrics.bounded({"margin": column}))
+            found.append(place | _control(levels, by_level))
     return pd.DataFrame(curves), pd.DataFrame(found)
 
 
@@ -256,13 +252,11 @@ def _control(levels: np.ndarray, margins: np.ndarray) -> dict[str, Any]:
     """Slope and rank correlation of margins, (1 + draws, levels), with what the draws say of them."""
     centred = levels - levels.mean()
     slopes = margins @ centred / (centred @ centred)
-    ranks = stats.rankdata(margins, axis=1)
-    ranks = np.corrcoef(np.vstack([stats.rankdata(levels), ranks]))[0, 1:] if np.ptp(ranks) else slopes * 0
+    ranks = stats.rankdata(margins, axis=1) - (len(levels) + 1) / 2
+    places = stats.rankdata(levels) - (len(levels) + 1) / 2
+    row = metrics.bounded({"slope": slopes, "rank": ranks @ places / (places @ places)})
     rising = (np.diff(margins[1:], axis=1) > 0).all(axis=1).mean()
-    low, high = metrics.interval(slopes[1:])
-    verdict = STEERS if low > 0 else AGAINST if high < 0 else OPEN
-    row = {"slope": slopes[0], "slope_low": low, "slope_high": high, "rank": ranks[0]}
-    row |= dict(zip(("rank_low", "rank_high"), metrics.interval(ranks[1:]), strict=True))
+    verdict = STEERS if row["slope_low"] > 0 else AGAINST if row["slope_high"] < 0 else OPEN
     return row | {"monotone": rising, "verdict": verdict}
 
 
@@ -346,7 +340,7 @@ class AspectStudy:
         """Held-out margin of one chain minus that of another, pair by pair and run by run.
 
         Returns:
-            `setting`, `objective` (each aspect, and `POOLED`), `difference`, `low`, `high`, `runs`, and
+            `setting`, `objective` (each aspect, and `POOLED`), `difference` with bounds, `runs`, and
             `runs_above`: in how many of them it is above zero.
         """
         rng, rows, parts = np.random.default_rng(0), [], []
@@ -355,11 +349,11 @@ class AspectStudy:
             parts.append(wide.assign(gap=wide[chain] - wide[against], aspect=aspect))
         pooled = pd.concat(parts)
         for name, part in [*pooled.groupby("aspect", sort=False), (POOLED, pooled)]:
-            draws = metrics.estimates(part, ["gap"], resamples=resamples, rng=rng)[:, 0]
-            low, high = metrics.interval(draws[1:])
-            row = {"setting": self.name, "objective": name, "difference": draws[0], "low": low, "high": high}
-            above = int((part.groupby(level="seed")["gap"].mean() > 0).sum())
-            rows.append(row | {"runs_above": above, "runs": len(self.nodes)})
+            gap = part.rename(columns={"gap": "difference"})
+            row = metrics.estimated(gap, ["difference"], resamples=resamples, rng=rng)
+            above = int((gap.groupby(level="seed")["difference"].mean() > 0).sum())
+            place = {"setting": self.name, "objective": name}
+            rows.append(place | row | {"runs_above": above, "runs": len(self.nodes)})
         return pd.DataFrame(rows)
 
     def places(self, records: pd.DataFrame, *, beta: float, resamples: int) -> pd.DataFrame:

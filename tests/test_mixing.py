@@ -95,9 +95,9 @@ def study(tmp_path, parameters, tokenizer):
 def test_records_of_mixtures_are_made_once(study, monkeypatch):
     planes, flat = study
     table, scored = mixing.score_mixtures(ROOT, planes, parameters=flat)
-    assert scored == 8 and len(table) == 8 * 6 and set(table["split"]) == {"eval"}
+    assert scored == 12 and len(table) == 12 * 6 and set(table["split"]) == {"eval"}
     named = {"0.75 helpful & 0.25 safe", "0.5 helpful & 0.5 safe", "0.25 helpful & 0.75 safe"}
-    assert set(table["checkpoint"]) == named | {"1 helpful & 1 safe"}
+    assert set(table["checkpoint"]) == named | {"1 helpful & 1 safe", "1.5 helpful", "1.5 safe"}
     kept = planes[0][0][0].summary("mixtures")
     before = kept.stat().st_mtime_ns
     monkeypatch.setattr(mixing, "load_base", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -124,10 +124,13 @@ def test_a_changed_adapter_is_mixed_anew_and_only_it(study):
     run = planes[0][0][1].at("safe")
     adapter(run.adapter, flat, seed=99)
     table, scored = mixing.score_mixtures(ROOT, planes, parameters=flat)
-    assert scored == 4 and len(table) == len(first)
-    kept, new = (found.set_index("seed")[SUMS] for found in (first, table))
-    assert np.array_equal(kept.loc[0], new.loc[0]) and not np.allclose(kept.loc[1], new.loc[1], rtol=1e-4)
-    assert read_json(run.manifest)["adapter_sha256"] in table.query("seed == 1")["made_of"].iloc[0]
+    assert scored == 5 and len(table) == len(first)
+    key = ["seed", "checkpoint", "pair_id"]
+    kept, new = (found.set_index(key)[SUMS].sort_index() for found in (first, table))
+    changed = (np.abs(kept / new - 1) > 1e-4).any(axis=1).groupby(level=["seed", "checkpoint"]).any()
+    assert not changed[0].any() and changed[1].drop("1.5 helpful").all() and not changed[1]["1.5 helpful"]
+    here = table.query("seed == 1 and checkpoint == '1.5 safe'")["made_of"]
+    assert read_json(run.manifest)["adapter_sha256"] in here.iloc[0]
     (run.manifest).unlink()
     table, scored = mixing.score_mixtures(ROOT, planes, parameters=flat)
     assert scored == 0 and set(table["seed"]) == {0}
@@ -219,14 +222,16 @@ def test_where_each_way_ends(tmp_path):
 
 
 def test_mixtures_stand_among_the_ways(tmp_path):
-    runs, names = planted(tmp_path, WORLDS["it does not"]), mixing.recipes("a", "b")
+    runs = planted(tmp_path, WORLDS["it does not"])
+    names = [weights for weights, _ in mixing.recipes("a", "b")]
     parts = [records(mixing.name_of(weights), {"a": 2.0 * k, "b": 2.0}) for k, weights in enumerate(names)]
     mixtures = pd.concat(parts).assign(setting="s", seed=0, made_of="x")
     table, _, standing = found(runs, mixtures)
     assert table.loc["1 a & 1 b", ["kind", "first", "second"]].tolist() == [mixing.SUM, 6.0, 2.0]
     assert table.index[table["kind"] == mixing.LINE].tolist() == [
-        mixing.name_of(weights) for weights in names[:-1]
+        mixing.name_of(weights) for weights in names[:3]
     ]
+    assert table.index[table["kind"] == mixing.EXTRAPOLATED].tolist() == ["1.5 a", "1.5 b"]
     assert table.loc["0.75 a & 0.25 b", "first"] == 0.0  # the mixture with most of a comes first
     assert standing["standing"].tolist() == [mixing.DOMINATED]
     elsewhere = found(runs, mixtures.assign(setting="t"))[0]
@@ -264,7 +269,8 @@ def test_what_the_figure_is_drawn_from(tmp_path):
     """Legend, place on the line of mixtures, and the figure itself."""
     ends = SINGLES | {"a-then-b": SINGLES["b"], "b-then-a": SINGLES["a"], "b-then-a.projected": SINGLES["a"]}
     runs = write(tmp_path, ends)
-    parts = [records(mixing.name_of(w), {"a": w["a"], "b": w["b"]}) for w in mixing.recipes("a", "b")]
+    recipes = [weights for weights, _ in mixing.recipes("a", "b")]
+    parts = [records(mixing.name_of(w), {"a": w.get("a", 0), "b": w.get("b", 0)}) for w in recipes]
     mixtures = pd.concat(parts).assign(setting="s", seed=0, made_of="x")
     places, rivals = mixing.compare(runs, mixtures, beta=1.0, resamples=50)
     table = places.set_index("name")
@@ -274,10 +280,10 @@ def test_what_the_figure_is_drawn_from(tmp_path):
     ordered = table.loc[["a-then-b", "b-then-a.projected", "1 a & 1 b", "a"], "order"]
     assert ordered.tolist() == ["across", "upward", "neither", "neither"]
     assert table.index[table["sequential"]].tolist() == ["a-then-b", "b-then-a"]
-    assert set(rivals["x"]) == {"a"} and set(rivals["y"]) == {"b"} and len(rivals) == 2 * 7
+    assert set(rivals["x"]) == {"a"} and set(rivals["y"]) == {"b"} and len(rivals) == 2 * 9
     bundle, _ = charts.static_bundle(charts.margin_planes(places, caption="Three.").to_dict())
     svg = bundle["image/svg+xml"]
     assert "margin of a" in svg and "Three." in bundle["text/plain"]
-    assert svg.count('aria-roledescription="point"') == len(places) == 5 + 4
+    assert svg.count('aria-roledescription="point"') == len(places) == 5 + 6
     assert svg.count('aria-roledescription="line mark"') == 2  # through the mixtures, and along the front
     assert [len(table) for table in mixing.compare(runs[:1], none_mixed(), beta=1.0, resamples=50)] == [0, 0]

@@ -1,11 +1,13 @@
 """Files, chain and command line become one checked record; whatever is wrong is named before any compute."""
 
+import re
 import shutil
 
 import pytest
 
 from seqdpo_utils import params
 from seqdpo_utils.errors import StudyError
+from seqdpo_utils.layouts import LAYOUTS
 
 HH = "distributional_conflict"
 
@@ -200,12 +202,48 @@ def test_every_shipped_file_is_valid(root):
             flat = params.resolve(root, scale=scale, setting=setting)
             first, second = flat.objectives[:2]
             for variant in params.variants(root):
-                assert (
-                    params.resolve(
-                        root, scale=scale, setting=setting, chain=f"{first}-then-{second}.{variant}"
-                    )
-                    != flat
-                )
+                words = "listwise.steered" if variant == "steered" else variant
+                chain, listwise = f"{first}-then-{second}.{words}", words.startswith("listwise")
+                if listwise and not LAYOUTS[flat.layout].answers_of:
+                    with pytest.raises(StudyError, match="no ratings of answers"):
+                        params.resolve(root, scale=scale, setting=setting, chain=chain)
+                else:
+                    assert params.resolve(root, scale=scale, setting=setting, chain=chain) != flat
+
+
+@pytest.mark.parametrize(
+    ("chain", "overrides", "said"),
+    [
+        ("truthfulness.steered", {}, "lambda_in_prompt = True needs a listwise stage"),
+        (
+            "truthfulness.flip50.listwise",
+            {},
+            "flipped = 0.5 needs pairs, and this stage trains on rated lists",
+        ),
+        ("truthfulness.listwise", {"flipped": 0.5}, "flipped = 0.5 needs pairs"),
+        ("instruction_following-then-truthfulness.listwise.replay10", {}, "replay = 0.1 needs pairs"),
+        ("truthfulness.listwise.listwise_grid", {}, "two of its variants change lambdas"),
+        (
+            "instruction_following+truthfulness.listwise",
+            {"lambda_weights": [0.5, 0.6]},
+            "2 shares of sum one",
+        ),
+        ("instruction_following+truthfulness.listwise", {"lambda_weights": [1.0]}, "2 shares of sum one"),
+        ("instruction_following+truthfulness.listwise", {"rating_temperature": 0.0}, "rating_temperature"),
+    ],
+)
+def test_a_listwise_stage_that_makes_no_sense_is_refused(root, chain, overrides, said):
+    with pytest.raises(StudyError, match=re.escape(said)):
+        params.resolve(root, scale="smoke", setting="compatible_quality", chain=chain, overrides=overrides)
+
+
+def test_a_design_on_rated_lists_leaves_out_settings_without_ratings(root):
+    settings = [params.resolve(root, scale="smoke", setting=name) for name in params.settings_of(root)]
+    found = params.chosen_chains(root, settings, designs=["aspects"])
+    assert set(found) == {"attribute_interaction", "compatible_quality"}
+    alone = [each for each in settings if each.setting == "safety_signal"]
+    with pytest.raises(StudyError, match="needs settings whose layout rates several answers"):
+        params.chosen_chains(root, alone, designs=["aspects"])
 
 
 def test_every_design_gives_chains_that_can_be_run(root):

@@ -335,7 +335,7 @@ def test_a_list_of_four_answers_stays_under_the_limit_of_its_source(root, paper)
     """Against the weights of the two shapes by hand, and what one more answer adds."""
     found = plan.list_memory(root, paper.model_copy(update={"lora_rank": 8, "lora_alpha": 16}))
     assert list(found) == list(plan.LIST_MODELS)
-    for (size, weights), layers in zip(zip(found.values(), (1.236e9, 1.711e9), strict=True), (16, 24), strict=True):
+    for size, weights, layers in zip(found.values(), (1.236e9, 1.711e9), (16, 24), strict=True):
         inputs = layers * plan.LIST_ANSWERS * plan.LIST_LENGTH * 2048 * 2
         assert 2 * weights + inputs < size < plan.LIST_LIMIT
 

@@ -535,15 +535,16 @@ def test_labels_and_prompts_in_common(study):
 
 def test_a_later_stage_looks_back_at_the_earlier_objective(study, monkeypatch):
     """Its rows carry the labels, ids and base sums of the earlier objective, training and held-out pairs."""
-    monkeypatch.setattr(stages, "check_fingerprints", lambda *_, **__: {})
+    monkeypatch.setattr(stage_data, "check_fingerprints", lambda *_, **__: {})
 
     def of_one_length(_, table: pd.DataFrame) -> list[EncodedPair]:
         counts = table[["chosen_tokens", "rejected_tokens"]].to_numpy()
         return [EncodedPair([1], [2] * chosen, [3] * rejected) for chosen, rejected in counts]
 
-    monkeypatch.setattr(stages, "encode_table", of_one_length)
+    monkeypatch.setattr(stage_data, "encode_table", of_one_length)
     given = {"seed": 0, "beta": BETA, "train_share": 1.0, "flipped": 0.0, "shuffled_labels": False}
-    varied = given | {"train_share": 0.5}  # of the stage before
+    # train_share was another one in the stage before
+    varied = params.Parameters.model_construct(**(given | {"train_share": 0.5, "lambdas": None}))
     for chain in (FORTH, BACK):
         data = stage_data.prepare_stage(planted.ROOT, study.run(chain, 0), None, parameters=varied)
         first, second = ends(chain)
@@ -574,7 +575,8 @@ def later_stage(study, monkeypatch) -> planted.Page:
     trainer = SimpleNamespace(**{f"{name}_table": lambda t=table: t for name, table in tables.items()})
     scored = pd.concat([study.records[0, BASE], study.records[0, FORTH]], ignore_index=True)
     made = {"begin_stage": trainer, "prove_reference": nothing, "train": None, "score_stage": scored}
-    made |= {"prepare_stage": SimpleNamespace(rows=[0] * 8), "score_within": nothing.head(0)}
+    made |= {"score_within": nothing.head(0)}
+    monkeypatch.setattr(stage_data, "prepare_stage", lambda *_, **__: SimpleNamespace(rows=[0] * 8))
     made |= {"history_table": planted.history(np.random.default_rng(0)), "measure_drift": study.kl[0, FORTH]}
     made |= {"save_stage": {"adapter_sha256": "0" * 64}}
     monkeypatch.setattr(models, "load_tokenizer", lambda *_, **__: None)
