@@ -720,7 +720,11 @@ def schedule(predicted: pd.DataFrame, measured: pd.DataFrame, *, aspect: str, ca
         alt.Chart()
         .transform_filter("isValid(datum.seen)")
         .mark_point(filled=True, size=55, opacity=1)
-        .encode(x, y="seen:Q", color=alt.Color("step:Q", scale=alt.Scale(scheme="blues"), title="step")),
+        .encode(
+            x,
+            y="seen:Q",
+            color=alt.Color("step:Q", scale=alt.Scale(scheme="viridis", reverse=True), title="step"),
+        ),
     ]
     panels = alt.layer(*layers, data=data).properties(width=200, height=190)
     shows = "Predicted and measured gain of a step over lambda, one panel a run."

@@ -292,12 +292,14 @@ class AspectStudy:
         return [*(name for name in self.aspects if name not in self.chains), *absent]
 
     def lists(self) -> pd.DataFrame:
-        """What the lists of training prompts hold: `setting`, `aspect`, `lists`, `answers`, `missing`."""
+        """What the lists of training prompts hold, by aspect; it skips those that it rates once or never."""
         table, rows = read_table(self.nodes[0].lists), []
         for name in self.aspects:
-            ratings = np.concatenate(table[name].to_list())
-            row = {"setting": self.name, "aspect": name, "lists": len(table), "answers": len(ratings)}
-            rows.append(row | {"missing ratings": int(np.isnan(ratings).sum())})
+            rated = [np.isfinite(ratings).sum() for ratings in table[name]]
+            answers = sum(map(len, table[name]))
+            row = {"setting": self.name, "aspect": name, "lists": len(table), "answers": answers}
+            row |= {"ratings missing": answers - sum(rated), "lists skipped": sum(n < 2 for n in rated)}
+            rows.append(row)
         return pd.DataFrame(rows)
 
     def asked(self, root: Path, *, parameters: Parameters) -> list[Asked]:
