@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import fresh, random_pairs, records_for, rows_for
+from conftest import adapter_of, fresh, random_pairs, records_for, rows_for
 from datasets import Dataset
 from scipy import stats
+from test_resuming import _Killed, _KilledAt
 
 from seqdpo_utils import layouts, lists, listwise, schedule, scoring, stage_data, stages
 from seqdpo_utils.errors import StudyError
@@ -332,3 +333,27 @@ def test_the_schedule_measures_what_a_step_did_and_a_resumed_one_goes_on(tokeniz
     again.state.global_step = 2
     step = next(entry for entry in trainer.lambda_records if entry["step"] == 3)
     assert again.lambda_of(step["number"])[0] == step["lambda_aspect0"]
+
+
+def test_a_killed_listwise_stage_ends_as_an_undisturbed_one(tokenizer, parameters, tmp_path, monkeypatch):
+    """Weights, log, lambdas and what the schedule measured, to the last bit."""
+    monkeypatch.setattr(stages, "CHECKPOINT_SECONDS", 0.0)
+    reference = rows_for(fresh(), random_pairs(4, seed=5))
+    probe = tuple((f"aspect{k % 2}", row | {"prompt": "[]"}) for k, row in enumerate(reference))
+
+    def make(name):
+        return trainer_for(list_rows(16), tokenizer, parameters, tmp_path / name, kind="learned", probe=probe)
+
+    undisturbed, killed = make("a"), make("b")
+    stages.train(undisturbed)
+    killed.add_callback(_KilledAt(2))
+    with pytest.raises(_Killed):
+        stages.train(killed)
+    resumed = make("b")
+    stages.train(resumed)
+    assert resumed.lambda_records == undisturbed.lambda_records
+    assert resumed.schedule_records == undisturbed.schedule_records
+    ends = [list(adapter_of(trainer).values()) for trainer in (undisturbed, resumed)]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    logs = [stages.history_table(trainer).drop(columns="seconds") for trainer in (undisturbed, resumed)]
+    pd.testing.assert_frame_equal(*logs, check_like=True)
