@@ -259,7 +259,7 @@ rule experiment:
     params:
         given=lambda w: given(w.experiment[:2], w, chains=CHAINS, seeds=SEEDS),
         label=lambda w: w.experiment.replace("_", " "),
-    threads: SHARE
+    threads: workflow.cores  # it runs at the end and scores policies of its own
     resources: gpu=GPU
     shell: COMPUTING
 

@@ -44,7 +44,7 @@ LISTWISE, POOLED = "rated lists", "mean of all"
 STEERED = ("listwise_dirichlet", "steered")
 """Variants of the stage whose policy reads its lambda."""
 STEERS, AGAINST, OPEN = "rises with its share", "falls with its share", "not shown to move with its share"
-WORDS = 60
+WORDS = 40
 """Tokens of a text that shows what a lambda does."""
 
 
@@ -54,7 +54,7 @@ def grid(aspects: int) -> np.ndarray:
 
 
 def ends_and_middle(aspects: int) -> np.ndarray:
-    """Each aspect alone, and all alike: enough for the ways that are not meant to work."""
+    """Each aspect alone, and all alike."""
     return np.vstack([np.eye(aspects), np.full(aspects, 1 / aspects)])
 
 
@@ -115,8 +115,8 @@ class Asked:
         return [*[MIXED][: len(self._singles)], *self.trained, BASE]
 
     def points(self, way: str) -> np.ndarray:
-        """The lambdas that a way is asked for, (points, m)."""
-        return grid(len(self.aspects)) if way in (MIXED, TOLD) else ends_and_middle(len(self.aspects))
+        """The lambdas that a way is asked for, (points, m): the ends are enough where nothing should turn."""
+        return grid(len(self.aspects)) if way in (MIXED, TOLD) else np.eye(len(self.aspects))
 
     @contextlib.contextmanager
     def _asked(self, way: str, weights: np.ndarray) -> Iterator[Any]:
@@ -151,20 +151,29 @@ class Asked:
         for way in self.ways:
             for weights in self.points(way):
                 file = self._place("records", way, weights, "parquet")
-                if not file.is_file():
-                    write_table(file, self._score(way, weights))
-                    self.computed += 1
+                if way == MIXED and weights.max() == 1:  # a single stage itself, scored when it was trained
+                    single = self.run.at(self.aspects[int(weights.argmax())])
+                    table = read_table(single.scores).query("split == 'eval' and objective in @self.aspects")
+                    table = table.assign(checkpoint=self._name(way, weights))
+                else:
+                    if not file.is_file():
+                        write_table(file, self._score(way, weights))
+                        self.computed += 1
+                    table = read_table(file)
                 asked = {f"lambda_{name}": w for name, w in zip(self.aspects, weights, strict=True)}
-                tables.append(read_table(file).assign(way=way, seed=self.run.seed, **asked))
+                tables.append(table.assign(way=way, seed=self.run.seed, **asked))
         return pd.concat(tables, ignore_index=True)
+
+    @staticmethod
+    def _name(way: str, weights: np.ndarray) -> str:
+        return f"{way} {' '.join(f'{weight:g}' for weight in weights)}"
 
     def _score(self, way: str, weights: np.ndarray) -> pd.DataFrame:
         tables = [read_table(self.run.data(name)).query("split == 'eval'") for name in self.aspects]
         held_out = pd.concat(tables, ignore_index=True)
         with self._asked(way, weights) as tokenizer:
-            words = " ".join(f"{weight:g}" for weight in weights)
             encoded = encode_table(tokenizer, held_out)
-            return self._scorer.records(held_out, encoded, checkpoint=f"{way} {words}")
+            return self._scorer.records(held_out, encoded, checkpoint=self._name(way, weights))
 
     def texts(self, count: int = 1) -> pd.DataFrame:
         """Greedy answers to the shortest held-out prompts, under each aspect alone and under all alike.
