@@ -201,7 +201,10 @@ def scratch(run: RunPaths, *changed: str) -> RunPaths:
 
 def copies(root: Path) -> Path:
     """Write every notebook to `runs/classroom_copies`: for students with stubs and no solutions, for teachers
-    with both."""
+    with both.
+
+    A copy in which somebody has worked is kept beside the new one, as `<name>.before-1.ipynb` and so on.
+    """
     folder = root / "runs" / "classroom_copies"
     for source in sorted((root / "notebooks").glob("*.ipynb")):
         content = json.loads(source.read_text(encoding="utf-8"))
@@ -209,5 +212,8 @@ def copies(root: Path) -> Path:
             cells = [cell for cell in content["cells"] if not lacks & set(cell["metadata"].get("tags", []))]
             text = json.dumps(content | {"cells": cells}, indent=1, ensure_ascii=False) + "\n"
             target = folder / kind / source.name
+            if target.is_file() and target.read_text(encoding="utf-8") != text:
+                number = len(list(target.parent.glob(f"{target.stem}.before-*")))
+                target.rename(target.with_suffix(f".before-{number + 1}.ipynb"))
             write_whole(target, lambda file, text=text: file.write_text(text, encoding="utf-8"))
     return folder

@@ -508,3 +508,19 @@ def test_the_prediction_of_the_summary_is_looked_at_again(lessons):
     asked = asked.replace("...", '"several"')
     names = lessons.run("07", asked, looked.replace("charts.say(", "shown = (").strip())
     assert "**several**" in names["shown"] and "Seen: **" in names["shown"]
+
+
+def test_a_copy_in_which_somebody_worked_is_kept(root, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    source = tmp_path / "notebooks" / "00_read_me_first.ipynb"
+    source.write_text((root / "notebooks" / source.name).read_text())
+    mine = teaching.copies(tmp_path) / "student" / source.name
+    fresh = mine.read_text()
+    teaching.copies(tmp_path)
+    assert [file.name for file in mine.parent.iterdir()] == [source.name], "nothing was changed, nothing kept"
+    for word in ("first", "second"):
+        mine.write_text(f"my {word} work")
+        teaching.copies(tmp_path)
+    assert mine.read_text() == fresh
+    kept = [mine.with_suffix(f".before-{number}.ipynb").read_text() for number in (1, 2)]
+    assert kept == ["my first work", "my second work"]
