@@ -88,15 +88,8 @@ class ListwiseTrainer(MeasuringDPOTrainer):
             return schedule.draw(kind, count, key=(self.args.seed, step, number))
         points = schedule.lattice(count)
         rng = np.random.default_rng([self.args.seed, step])
-        return points[rng.choice(len(points), p=schedule.chances(self.predicted(points)[0]))]
-
-    def predicted(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of the gain of a step at each lambda; zeros before any was measured."""
-        measured = pd.DataFrame(self.schedule_records)
-        if measured.empty:
-            return np.zeros(len(points)), np.zeros(len(points))
-        known = measured[[f"lambda_{name}" for name in self.aspects.names]].to_numpy()
-        return schedule.predict(points, known, measured["gain"].to_numpy(), measured["error"].to_numpy())
+        means, _ = schedule.believed(points, pd.DataFrame(self.schedule_records), self.aspects.names)
+        return points[rng.choice(len(points), p=schedule.chances(means))]
 
     def prompt_ids(self, row: dict[str, Any], weights: Sequence[float]) -> list[int]:
         """The prompt of a row as the policy sees it under some lambda."""

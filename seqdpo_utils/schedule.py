@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 PARTS = 4
 """The lattice of lambdas has steps of 1 / PARTS."""
@@ -64,6 +65,16 @@ def predict(
     # the linear part sums to one on the simplex, so a constant needs no column of its own
     mean = covariance @ (known.T @ (weight * (gains - centre)))
     return centre + asked @ mean, np.sqrt(np.einsum("pi,ij,pj->p", asked, covariance, asked))
+
+
+def believed(
+    points: np.ndarray, measured: pd.DataFrame, aspects: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`predict` from the records of a schedule (`lambda_<aspect>`, `gain`, `error`); zeros where none is."""
+    if measured.empty:
+        return np.zeros(len(points)), np.zeros(len(points))
+    lambdas = measured[[f"lambda_{name}" for name in aspects]].to_numpy()
+    return predict(points, lambdas, measured["gain"].to_numpy(), measured["error"].to_numpy())
 
 
 def chances(means: np.ndarray) -> np.ndarray:

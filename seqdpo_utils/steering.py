@@ -35,7 +35,7 @@ from seqdpo_utils.models import load_base, load_tokenizer
 from seqdpo_utils.pairs import encode_table
 from seqdpo_utils.params import Parameters
 from seqdpo_utils.paths import RunPaths, read_json, read_table, write_json, write_table
-from seqdpo_utils.schedule import lattice, predict
+from seqdpo_utils.schedule import believed, lattice
 from seqdpo_utils.scoring import Scorer
 from seqdpo_utils.stage_data import check_fingerprints
 
@@ -150,12 +150,12 @@ class Asked:
         tables = []
         for way in self.ways:
             for weights in self.points(way):
-                file = self._place("records", way, weights, "parquet")
                 if way == MIXED and weights.max() == 1:  # a single stage itself, scored when it was trained
                     single = self.run.at(self.aspects[int(weights.argmax())])
                     table = read_table(single.scores).query("split == 'eval' and objective in @self.aspects")
                     table = table.assign(checkpoint=self._name(way, weights))
                 else:
+                    file = self._place("records", way, weights, "parquet")
                     if not file.is_file():
                         write_table(file, self._score(way, weights))
                         self.computed += 1
@@ -217,10 +217,7 @@ def margins_by_lambda(records: pd.DataFrame, base: pd.DataFrame, aspect: str, *,
         Indexed by `seed` and `pair_id`, with `prompt_id`; the other columns are checkpoints of `records`.
     """
     own = records[records["objective"] == aspect]
-    own = own.assign(margin=metrics.dpo_margin(own, base, beta=beta))
-    wide = own.pivot(index=["seed", "pair_id"], columns="checkpoint", values="margin")
-    prompts = own.drop_duplicates(["seed", "pair_id"]).set_index(["seed", "pair_id"])["prompt_id"]
-    return wide.assign(prompt_id=prompts)
+    return metrics.wide_margins(own.assign(margin=metrics.dpo_margin(own, base, beta=beta)), aspect)
 
 
 def control(
@@ -330,12 +327,13 @@ class AspectStudy:
         predicted, seen = [], []
         for node in self.nodes:
             table = read_table(node.at(self.chain("listwise_learned")).schedule)
-            known = table[[f"lambda_{name}" for name in self.aspects]].to_numpy()
-            mean, spread = predict(line, known, table["gain"].to_numpy(), table["error"].to_numpy())
+            mean, spread = believed(line, table, self.aspects)
             bounds = {"gain": mean, "gain_low": mean - 1.96 * spread, "gain_high": mean + 1.96 * spread}
             predicted.append(pd.DataFrame({"seed": node.seed, "share": line[:, 0]} | bounds))
             seen.append(
-                table.assign(seed=node.seed, share=known[:, 0])[["seed", "step", "share", "gain", "error"]]
+                table.assign(seed=node.seed, share=table[f"lambda_{self.aspects[0]}"])[
+                    ["seed", "step", "share", "gain", "error"]
+                ]
             )
         return pd.concat(predicted, ignore_index=True), pd.concat(seen, ignore_index=True)
 
